@@ -1,0 +1,1 @@
+"""Triton device code and launchers, one file a family of operations; installed as `imbdiff.kernels`."""
