@@ -51,6 +51,9 @@ class ImageSet:
     def take(self, index: Tensor) -> ImageSet:
         return ImageSet(self.images[index], self.labels[index], self.class_names, self.name)
 
+    def to(self, device: torch.device) -> ImageSet:
+        return ImageSet(self.images.to(device), self.labels.to(device), self.class_names, self.name)
+
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 0..255 to float32 in [-1, 1]."""

@@ -1,0 +1,1 @@
+"""The commands of `imbdiff`, one a file: a frozen dataclass that is its command line, and what it does."""

@@ -1,0 +1,71 @@
+"""imbdiff doctor: what is here, what is missing, and the command that adds it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from imbdiff import __version__
+
+EXTRAS = {
+    "demo": ("sklearn", "matplotlib"),
+    "diffusers": ("diffusers", "transformers", "accelerate"),
+    "lora": ("peft",),
+    "text": ("transformers",),
+    "eval": ("torch_fidelity",),
+    "log": ("tensorboardX",),
+    "xformers": ("xformers",),
+}
+USED_FOR = {
+    "demo": "digits data, classifier reports, plots",
+    "diffusers": "networks and pipelines of diffusers",
+    "lora": "low-rank fine-tuning",
+    "text": "text encoders",
+    "eval": "Inception features",
+    "log": "TensorBoard",
+    "xformers": "memory-efficient attention",
+}
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Show versions, the GPU, and which extras are present or missing, with the command that adds each."""
+
+
+def main(args: list[str]) -> int:
+    tyro.cli(DoctorCommand, prog="imbdiff doctor", args=args)
+    console = Console()
+    console.print(f"imbdiff {__version__}, Python {platform.python_version()}, {platform.platform()}", highlight=False)
+    for name in ("torch", "triton", "numpy", "safetensors", "tyro", "rich", "pillow"):
+        console.print(f"  {name:12} {version(name) or 'missing'}", highlight=False)
+    console.print(describe_gpu(), highlight=False)
+    console.print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", highlight=False)
+    table = Table("extra", "packages", "for", "add with", box=None, header_style="bold")
+    for extra, modules in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        state = ", ".join(f"{m} missing" if m in missing else m for m in modules)
+        table.add_row(extra, state, USED_FOR[extra], f"pip install 'imbdiff\\[{extra}]'" if missing else "present")
+    console.print(table)
+    return 0
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_gpu() -> str:
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return f"GPU: none seen by torch ({built}); everything runs on the CPU"
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return "GPU: " + ", ".join(f"{d.name} (sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB)" for d in devices)

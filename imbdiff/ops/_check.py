@@ -1,0 +1,63 @@
+"""Argument checks of the public operations, in one order and with one form of message.
+
+Order: type, device, rank, shape, dtype, values. Message: operation, argument, what was expected, what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(
+    op: str,
+    name: str,
+    value: object,
+    shape: Sequence[int | None] | None = None,
+    symbols: str = "",
+    *,
+    like: Tensor | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> Tensor:
+    """`value` if it is a tensor on `like`'s device with this shape (None: any size; shape None: any rank >= 1)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor {symbols}, got {describe(value)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as the first argument is, got {describe(value)}")
+    if shape is None:
+        if value.ndim == 0:
+            raise ValueError(f"{op}: {name} must be {symbols}, got a scalar")
+    elif value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+        sizes = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{op}: {name} must be {symbols} = [{sizes}], got {describe(value)}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} must be one of {names}, got {describe(value)}")
+    return value
+
+
+def same_dtype(op: str, first: str, a: Tensor, name: str, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{op}: {name} must have {first}'s dtype {a.dtype}, got {describe(b)}")
+
+
+def constant(op: str, name: str, value: Tensor) -> Tensor:
+    """An argument through which no gradient flows; asking for one is refused rather than answered with None."""
+    if value.requires_grad:
+        raise ValueError(f"{op}: {name} is a constant of this operation; pass {name}.detach(), got requires_grad=True")
+    return value
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Sums and statistics: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

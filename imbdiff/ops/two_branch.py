@@ -1,0 +1,74 @@
+"""The base regression loss and K signed comparisons with other branches, as one operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from imbdiff.ops import _check
+from imbdiff.ops.reference import two_branch as reference
+
+_OP = "two_branch_loss"
+
+
+def two_branch_loss(
+    own: Tensor,
+    target: Tensor,
+    others: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    scales: Tensor | None = None,
+    margin: Sequence[float | None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Per-sample regression loss and K weighted distances to other branches, each with its own gradient scales.
+
+        base_i   = (1/D) sum_d (own_id - target_id)^2
+        d_ki     = (1/D) sum_d (own_id - other_kid)^2
+        f_ki     = weight_ki d_ki                          pull (margin_k None)
+                 = weight_ki max(0, margin_k - d_ki)       hinge push
+        terms_ki = value_k f_ki                            the gradient of which is *defined* as
+        d terms_ki / d own   = g_own_k   df_ki/dd_ki  2 (own_i - other_ki) / D
+        d terms_ki / d other = g_other_k df_ki/dd_ki  2 (other_ki - own_i) / D
+
+    Value and gradients are scaled apart from each other because the published losses are stop-gradient constructions:
+    CBDM is g = (1, 1/4) with value 5/4, alignment g = (1, 1) with value 1, PoGDiff g = (1, 0), DiffROP a hinge push.
+
+    Args:
+        own: [B, ...] prediction, float32, float64, bfloat16 or float16.
+        target: like own; a constant.
+        others: K >= 0 tensors like own. One that needs no gradient may simply be detached.
+        weight: [K, B] float; a constant. May be left out when K = 0, as may `scales`.
+        scales: [K, 3] float, rows (g_own, g_other, value); a constant.
+        margin: K positive numbers or None (pull), or None when all are pulls.
+
+    Returns:
+        base [B] and terms [K, B], float32 (float64 for float64 inputs). Take means and add them as you like.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
+
+    Deterministic. Low-precision inputs are read as they are and subtracted in float32.
+    Equivalent torch code: `imbdiff/ops/reference/two_branch.py`.
+    Source: Qin et al. 2023 (CBDM), eq. 8, for the split gradient; the other methods in docs/methods.md.
+    """
+    _check.tensor(_OP, "own", own, symbols="[B, ...]")
+    others = list(others)
+    for name, x in [("target", target), *((f"others[{k}]", o) for k, o in enumerate(others))]:
+        _check.tensor(_OP, name, x, own.shape, "own's shape", like=own)
+        _check.same_dtype(_OP, "own", own, name, x)
+    _check.constant(_OP, "target", target)
+    K, B = len(others), len(own)
+    if weight is None or scales is None:
+        if K:
+            raise ValueError(f"{_OP}: weight [K, B] and scales [K, 3] are needed for K = {K} others, got None")
+        weight, scales = own.new_zeros(0, B), own.new_zeros(0, 3)
+    _check.constant(_OP, "weight", _check.tensor(_OP, "weight", weight, (K, B), "[K, B]", like=own))
+    _check.constant(_OP, "scales", _check.tensor(_OP, "scales", scales, (K, 3), "[K, 3]", like=own))
+    margins = [None] * K if margin is None else list(margin)
+    if len(margins) != K:
+        raise ValueError(f"{_OP}: margin must have K = {K} entries, one for each of others, got {len(margins)}")
+    for k, m in enumerate(margins):
+        if m is not None and not (math.isfinite(m) and m > 0):
+            raise ValueError(f"{_OP}: margin[{k}] must be a positive finite number or None (pull), got {m!r}")
+    return reference.two_branch_loss(own, target, others, weight, scales, margins)
