@@ -8,7 +8,6 @@ name; the 128-bit counter is (block, 0, sample number low, sample number high).
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -32,9 +31,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def stream_key(seed: int, stream: str) -> tuple[int, int]:
-    """The two 32-bit key words of a named stream."""
-    digest = hashlib.blake2b(stream.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    """The two 32-bit key words of a named stream: FNV-1a over the name, begun from the seed.
+
+    Plain integer arithmetic, because a compiler has to trace it; Philox does the mixing.
+    """
+    state = 0xCBF29CE484222325
+    for symbol in [seed, *map(ord, stream)]:
+        state = ((state ^ symbol) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return state & _MASK, state >> 32
 
 
 def words(seed: int, stream: str, index: Tensor, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imbdiff import __version__
+from imbdiff.train.log import say
 
 EXTRAS = {
     "demo": ("sklearn", "matplotlib"),
@@ -42,11 +43,11 @@ class DoctorCommand:
 def main(args: list[str]) -> int:
     tyro.cli(DoctorCommand, prog="imbdiff doctor", args=args)
     console = Console()
-    console.print(f"imbdiff {__version__}, Python {platform.python_version()}, {platform.platform()}", highlight=False)
+    say(console, f"imbdiff {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in ("torch", "triton", "numpy", "safetensors", "tyro", "rich", "pillow"):
-        console.print(f"  {name:12} {version(name) or 'missing'}", highlight=False)
-    console.print(describe_gpu(), highlight=False)
-    console.print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", highlight=False)
+        say(console, f"  {name:12} {version(name) or 'missing'}")
+    say(console, describe_gpu())
+    say(console, f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     table = Table("extra", "packages", "for", "add with", box=None, header_style="bold")
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]

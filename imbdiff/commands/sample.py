@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from imbdiff.errors import InputError
 from imbdiff.evaluation import save_images
 from imbdiff.files import write_text
 from imbdiff.train.build import pick_device
+from imbdiff.train.log import say
 from imbdiff.train.run import TrainedRun, load_run
 
 
@@ -45,6 +47,8 @@ class SampleCommand:
     """null + scale (cond - null): 1 is unguided. The run's own if not given."""
     seed: int | None = None
     """Of the noise. The run's own if not given."""
+    parity: bool | None = None
+    """ddpm_ancestral with the clip quirk of the CBDM lineage. The run's own if not given."""
     png: bool = False
     """Also write one PNG file an image, in a folder for each class, and labels.csv."""
     device: str = "auto"
@@ -54,13 +58,13 @@ class SampleCommand:
 def main(args: list[str]) -> int:
     command = tyro.cli(SampleCommand, prog="imbdiff sample", args=args)
     console = Console()
-    run = load_run(command.run, console.print, pick_device(command.device))
+    run = load_run(command.run, partial(say, console), pick_device(command.device))
     images, protocol = draw(run, command, console)
     folder = Path(command.out) if command.out else run.path / "samples"
     save(images, protocol, run.rank, folder)
     if command.png:
         save_images(folder / "png", images)
-    console.print(f"{len(images)} images: {folder / 'samples.npz'}\ngrid: {folder / 'grid.png'}", highlight=False)
+    say(console, f"{len(images)} images: {folder / 'samples.npz'}\ngrid: {folder / 'grid.png'}")
     return 0
 
 
@@ -89,9 +93,9 @@ def draw(run: TrainedRun, command: SampleCommand, console: Console) -> tuple[Ima
 
 def sampling_config(run: TrainedRun, command: SampleCommand) -> SamplingConfig:
     """The run's sampling settings with what the command line says instead."""
-    given = {k: getattr(command, k) for k in ("sampler", "steps", "guidance_scale", "seed")}
+    given = {k: getattr(command, k) for k in ("sampler", "steps", "guidance_scale", "seed", "parity")}
     config = replace(run.config.sampling, **{k: v for k, v in given.items() if v is not None})
-    return replace(config, sampler=config.resolved(run.objective.path))
+    return config.resolved(run.objective.path)
 
 
 def sampling_protocol(run: TrainedRun, command: SampleCommand) -> dict[str, Any]:

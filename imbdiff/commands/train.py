@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from imbdiff.train.config import PRESETS, TrainConfig, to_dict
+from imbdiff.train.log import say
 from imbdiff.train.loop import train
 
 EPILOG = """
@@ -51,5 +52,5 @@ def main(args: list[str]) -> int:
         return 0
     console = Console()
     run = train(command.config, fresh=command.fresh, console=console)
-    console.print(f"run: {run}\nnext: imbdiff evaluate {run}", highlight=False)
+    say(console, f"run: {run}\nnext: imbdiff evaluate {run}")
     return 0

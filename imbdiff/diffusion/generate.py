@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from imbdiff import random
 from imbdiff.data import to_uint8
 from imbdiff.diffusion.guidance import guided
 from imbdiff.diffusion.paths import Path
-from imbdiff.diffusion.samplers import sample
+from imbdiff.diffusion.samplers import SAMPLERS, sample
+from imbdiff.errors import InputError
 from imbdiff.models.types import Cond, LabelCond
 
 
@@ -28,9 +29,24 @@ class SamplingConfig:
     """null + scale (cond - null): 1 is unguided; the papers' omega is scale - 1."""
     seed: int = 0
     """Of the noise, apart from the training's."""
+    clip: bool = True
+    """Hold the predicted x0 in [-1, 1] at each step (ddpm_ancestral, ddim, dpmpp_2m); right for pixels."""
+    parity: bool = False
+    """ddpm_ancestral as in the CBDM lineage: the clip comes after the mean, so only the last image is clipped."""
 
-    def resolved(self, path: Path) -> str:
-        return {"ddpm": "ddim", "flow": "heun"}[path.name] if self.sampler == "auto" else self.sampler
+    def resolved(self, path: Path) -> SamplingConfig:
+        """With the sampler by name."""
+        return replace(self, sampler=_DEFAULT_SAMPLER[path.name]) if self.sampler == "auto" else self
+
+    def switches(self) -> dict[str, bool]:
+        """What the sampler of that name takes; one that it does not take must be off."""
+        takes = SAMPLERS[self.sampler].options if self.sampler in SAMPLERS else ()
+        if self.parity and "parity" not in takes:
+            raise InputError(f"parity is a switch of the sampler ddpm_ancestral, got sampler {self.sampler}")
+        return {name: getattr(self, name) for name in takes}
+
+
+_DEFAULT_SAMPLER = {"ddpm": "ddim", "flow": "heun"}
 
 
 @torch.no_grad()
@@ -54,7 +70,7 @@ def generate(
     def model(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return net(x, t, cond).pred
 
-    done = []
+    config, done = config.resolved(path), []
     for part, rows in zip(labels.split(batch_size), index.split(batch_size), strict=True):
         cond, null = LabelCond(part), LabelCond(torch.full_like(part, null_label))
 
@@ -62,12 +78,13 @@ def generate(
             return random.normal(config.seed, f"sample/step/{step}", rows, image_shape)
 
         x = sample(
-            config.resolved(path),
+            config.sampler,
             guided(model, cond, null, config.guidance_scale),
             random.normal(config.seed, "sample/start", rows, image_shape),
             path,
             steps=config.steps,
             draw=draw,
+            **config.switches(),
         )
         done.append(to_uint8(x))
         if progress:

@@ -169,17 +169,18 @@ def heun(model: Model, x: Tensor, path: Path, *, steps: int, progress: Progress 
 
 @dataclass(frozen=True)
 class Sampler:
-    """An entry of the registry: the function, the paths it is for, and whether it takes `draw`."""
+    """An entry of the registry: the function, the paths it is for, whether it takes `draw`, its further switches."""
 
     run: Callable[..., Tensor]
     paths: tuple[str, ...]
     draws: bool = False
+    options: tuple[str, ...] = ()
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm_ancestral": Sampler(ddpm_ancestral, ("ddpm",), draws=True),
-    "ddim": Sampler(ddim, ("ddpm", "flow"), draws=True),
-    "dpmpp_2m": Sampler(dpmpp_2m, ("ddpm", "flow")),
+    "ddpm_ancestral": Sampler(ddpm_ancestral, ("ddpm",), draws=True, options=("clip", "parity")),
+    "ddim": Sampler(ddim, ("ddpm", "flow"), draws=True, options=("clip",)),
+    "dpmpp_2m": Sampler(dpmpp_2m, ("ddpm", "flow"), options=("clip",)),
     "euler": Sampler(euler, ("flow",)),
     "heun": Sampler(heun, ("flow",)),
 }

@@ -1,7 +1,7 @@
 """The feature extractor of the digits demo: a small convolutional classifier whose weights travel with the package.
 
 Trained on all 1,797 digits of scikit-learn (8x8 pixels), so that the demo and the tests need no download. Accuracy in
-5-fold cross-validation, each fold trained by the same recipe: 0.996. The folds mix writers, so a new writer will be
+5-fold cross-validation, each fold trained by the same recipe: 0.994. The folds mix writers, so a new writer will be
 read somewhat worse. Source of the figure and of the weights: `python -m imbdiff.evaluation.classifier`.
 """
 
@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imbdiff.errors import InputError
-from imbdiff.random import stream_key, words
 
 WEIGHTS = Path(__file__).with_name("digits_classifier.safetensors")
-WEIGHTS_SHA256 = "cff4aa6608fa7a8ef52d6739fe8b4eb34ab3d43953314ed190582c516e6bfed0"
+WEIGHTS_SHA256 = "af648690858320ac55dfd9dbef8124fd9db8b7db2c7fd9d70bb121896b0c8722"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def train_classifier(seed: int = 0, images: Tensor | None = None, labels: Tensor
         images, labels = digits()
     recipe, n = Recipe(), len(images)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_key(seed, "classifier/init")[0])
+        torch.manual_seed(seed)
         model = DigitsClassifier()
     steps = -(-n // recipe.batch) * recipe.epochs
     rise = -(-steps // 5)
@@ -112,11 +111,11 @@ def train_classifier(seed: int = 0, images: Tensor | None = None, labels: Tensor
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
     )
+    generator = torch.Generator().manual_seed(seed)
     padded, cells = F.pad(images, (1, 1, 1, 1)), torch.arange(8)
-    for epoch in range(recipe.epochs):
-        draws = words(seed, f"classifier/{epoch}", torch.arange(n), 3)
-        for rows in draws[:, 0].argsort(stable=True).split(recipe.batch):
-            down, right = (draws[rows, 1] % 3)[:, None, None], (draws[rows, 2] % 3)[:, None, None]
+    for _ in range(recipe.epochs):
+        for rows in torch.randperm(n, generator=generator).split(recipe.batch):
+            down, right = torch.randint(3, (2, len(rows), 1, 1), generator=generator)
             shifted = padded[rows[:, None, None], 0, down + cells[:, None], right + cells][:, None]
             loss = F.cross_entropy(model.logits(shifted), labels[rows], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()

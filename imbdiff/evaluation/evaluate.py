@@ -29,6 +29,7 @@ def evaluate(
     k: int = 5,
     seed: int = 0,
     protocol: Mapping[str, Any] | None = None,
+    like: Report | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Every metric for "all", each group and each "class <name>", the latter by `rank`: most frequent class first.
@@ -36,7 +37,8 @@ def evaluate(
     Distances between distributions use the same N in every group, balanced over its classes, and the same n in every
     class; label accuracy and memorisation are means over samples and use every image, averaged over classes (the label
     law is balanced). A class without generated or real images is left out of both sides of its rows, which say so.
-    Memorisation needs `train` and `held_out`. `protocol` is kept with the numbers: sampler, steps, guidance, EMA, ...
+    With `like`, distances use no more images than that report did, so that the two compare. Memorisation needs `train`
+    and `held_out`. `protocol` is kept with the numbers: sampler, steps, guidance, EMA, ...
     """
     _check(fake, real, groups, rank, train, held_out, k)
     own = {
@@ -61,7 +63,7 @@ def evaluate(
     found_fake = extract(extractor, fake.images, progress=progress)
     found_real = extract(extractor, real.images, progress=progress, probabilities=False)
     memory = memorisation(fake, train, held_out) if train is not None and held_out is not None else None
-    sizes = [_sizes(s, rows, present, groups) for s in (fake, real)]
+    sizes = [_sizes(s, rows, present, groups, like, n) for s, n in ((fake, "n_fake"), (real, "n_real"))]
 
     report = Report(protocol={**own, **(protocol or {})})
     for name, classes in rows.items():
@@ -69,7 +71,8 @@ def evaluate(
         kind = "all" if name == "all" else "group" if name in groups else "class"
         row: dict[str, Any] = {"kind": kind, "classes": classes, "classes_left_out": sorted(set(classes) - set(used))}
         picks = [take_evenly(s.labels, used, n[name]) for s, n in zip((fake, real), sizes, strict=True)]
-        row |= _distances(found_fake, found_real, *picks, k=k, seed=seed)
+        labels = (fake.labels[picks[0]], real.labels[picks[1]])
+        row |= _distances(found_fake.features[picks[0]], found_real.features[picks[1]], labels, k=k, seed=seed)
         if kind == "all":
             row |= _inception(found_fake, picks[0])
         row |= _sample_means(fake, found_fake, used, memory)
@@ -90,20 +93,25 @@ def _sizes(
     rows: Mapping[str, list[int]],
     present: Mapping[str, list[int]],
     groups: Mapping[str, Sequence[int]],
+    like: Report | None,
+    side: str,
 ) -> dict[str, int]:
     """How many images each row takes: the same for every group that is not empty, the same for every class."""
     counts = images.counts.tolist()
-    group = min((most_even([counts[c] for c in present[g]]) for g in groups if present[g]), default=0)
-    each = min(counts[c] for c in present["all"])
+    per_group = [most_even([counts[c] for c in present[g]]) for g in groups if present[g]]
+    per_class = [counts[c] for c in present["all"]]
+    for row in like.rows.values() if like else ():
+        if row[side]:
+            {"group": per_group, "class": per_class, "all": []}[row["kind"]].append(row[side])
+    group, each = min(per_group, default=0), min(per_class)
     return {
         name: 0 if not classes else group if name in groups else each * len(classes)
         for name, classes in ((name, present[name]) for name in rows)
     }
 
 
-def _distances(fake: Features, real: Features, f: Tensor, r: Tensor, *, k: int, seed: int) -> dict[str, Any]:
-    a, b = fake.features[f], real.features[r]
-    kid = metrics.kernel_distance(a, b, seed=seed)
+def _distances(a: Tensor, b: Tensor, labels: tuple[Tensor, Tensor], *, k: int, seed: int) -> dict[str, Any]:
+    kid = metrics.kernel_distance(a, b, seed=seed, labels=labels)
     precision, recall = metrics.precision_recall(b, a, k)
     density, coverage = metrics.density_coverage(b, a, k)
     fid = metrics.frechet_distance(a, b)

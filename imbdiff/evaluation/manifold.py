@@ -1,8 +1,8 @@
 """Nearest neighbours for the manifold metrics: the two questions that precision, recall, density and coverage ask.
 
 A Gram product screens, differences decide: |a|^2 + |b|^2 - 2 a.b of centred rows is fast but rounds, so whatever lies
-within its error of the value it is compared with is computed again as sum (a - b)^2, bit-equal for equal pairs. So copies
-of an image come out at distance zero and ties at the radius as ties, which a strict inequality must tell apart.
+within its error of the value it is compared with is computed again as sum (a - b)^2, bit-equal for equal pairs. So
+copies of an image are at distance zero and ties at the radius stay ties, which a strict inequality must tell apart.
 Cost: N*M*d multiplications in float64, memory chunk*M.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,33 +52,57 @@ def _kernel_sum(a: Tensor, b: Tensor, chunk: int = 1024) -> float:
     return sum(float((part @ b.T / a.shape[1] + 1).pow(3).sum()) for part in a.split(chunk))
 
 
-def _mmd(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy: pairs of a row with itself are left out."""
+def _mmd(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Unbiased squared maximum mean discrepancy of two mixtures with equal weights, from rows of each component.
 
-    def within(x: Tensor) -> float:
-        itself = float((x.square().sum(1) / x.shape[1] + 1).pow(3).sum())
-        return (_kernel_sum(x, x) - itself) / (len(x) * (len(x) - 1))
+    Pairs of a row with itself are left out. With one component each this is the usual estimate.
+    """
 
-    return within(a) + within(b) - 2 * _kernel_sum(a, b) / (len(a) * len(b))
+    def between(x: Tensor, y: Tensor) -> float:
+        return _kernel_sum(x, y) / (len(x) * len(y))
+
+    def within(parts: Sequence[Tensor]) -> float:
+        total = 0.0
+        for i, x in enumerate(parts):
+            itself = float((x.square().sum(1) / x.shape[1] + 1).pow(3).sum())
+            total += (_kernel_sum(x, x) - itself) / (len(x) * (len(x) - 1))
+            total += 2 * sum(between(x, y) for y in parts[i + 1 :])
+        return total / len(parts) ** 2
+
+    cross = sum(between(x, y) for x in a for y in b) / (len(a) * len(b))
+    return within(a) + within(b) - 2 * cross
 
 
 def kernel_distance(
-    a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    a: Tensor,
+    b: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[float, float | None] | None:
     """KID: unbiased MMD^2 of a [N, d], b [M, d] with k(x, y) = (x.y / d + 1)^3; mean and std over random subsets.
 
     If either set has at most `subset_size` rows, one estimate from all rows and no std; None below two rows.
-    Binkowski et al. 2018. Subsets are functions of (seed, subset number).
+    That one takes `labels` ([N], [M]) of sets balanced over classes: two rows of such a set share a class less often
+    than two rows of different sets, so the usual estimate is below zero for equal laws; pairs are then averaged class
+    by class (None if a class has one row). Binkowski et al. 2018. Subsets are functions of (seed, subset number).
     """
     if min(len(a), len(b)) < 2:
         return None
     if min(len(a), len(b)) <= subset_size:
-        return _mmd(a, b), None
+        parts = (
+            [[a], [b]]
+            if labels is None
+            else [[x[y == c] for c in y.unique()] for x, y in zip((a, b), labels, strict=True)]
+        )
+        return (_mmd(*parts), None) if min(len(x) for part in parts for x in part) > 1 else None
 
     def subset(x: Tensor, which: str) -> Tensor:
         return x[words(seed, f"kid/{which}", torch.arange(len(x)), 1)[:, 0].argsort(stable=True)[:subset_size]]
 
-    values = torch.tensor([_mmd(subset(a, f"a/{i}"), subset(b, f"b/{i}")) for i in range(subsets)], dtype=torch.float64)
+    found = [_mmd([subset(a, f"a/{i}")], [subset(b, f"b/{i}")]) for i in range(subsets)]
+    values = torch.tensor(found, dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))
 
 

@@ -27,6 +27,11 @@ def describe_split(data: TrainingData) -> str:
     )
 
 
+def say(console: Console, text: str) -> None:
+    """Print `text` as it is: no markup, no colours, no line breaks of the console's own."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Meter:
     """Means of loss terms since the last row, summed on the device; its tensors are saved, so that resuming is exact."""
 
@@ -97,7 +102,4 @@ class Reporter:
         self.bar.update(self.task, losses=f"{speed:,.0f} img/s  {text}")
         if not self.console.is_terminal:
             left = (self.total - step) * self.batch_size / max(speed, 1e-9)
-            self.say(f"{self.name}  step {step}/{self.total}  {text}  {speed:,.0f} img/s  {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, f"{self.name}  step {step}/{self.total}  {text}  {speed:,.0f} img/s  {left:.0f} s left")

@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from imbdiff.train import checkpoint
 from imbdiff.train.batch import BatchSource
 from imbdiff.train.build import build_objective, pick_device
 from imbdiff.train.config import TrainConfig
-from imbdiff.train.log import Metrics, Reporter, describe_split
+from imbdiff.train.log import Metrics, Reporter, describe_split, say
 from imbdiff.train.preview import draw_grid
 from imbdiff.train.run import open_run
 from imbdiff.train.schedule import learning_rate
@@ -33,7 +34,7 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
     device = pick_device(config.device)
     data = load_training_data(config.data)
     run = open_run(config, data, fresh)
-    console.print(describe_split(data), highlight=False)
+    say(console, describe_split(data))
     images = data.train.to(device)
     objective = build_objective(config, tuple(images.images.shape[1:]), images.num_classes).to(device).train()
     source = BatchSource(
@@ -47,9 +48,9 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
         flip=config.flip,
     )
     state = TrainState(config, objective)
-    if found := checkpoint.load_latest(run, console.print, str(device)):
+    if found := checkpoint.load_latest(run, partial(say, console), str(device)):
         state.restore(found)
-        console.print(f"{run}: going on from step {state.step}", highlight=False)
+        say(console, f"{run}: going on from step {state.step}")
     metrics = Metrics(run / "metrics.jsonl", state.step)
     name = "+".join(config.methods)
     with Reporter(name, state.step, config.steps, config.batch_size, console) as report, _stop_requests() as stop:
@@ -67,7 +68,7 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
             if last or stop or state.step % config.checkpoint_every == 0:
                 state.save(run)
         if stop:
-            report.say(f"{stop[0]}: stopped and saved at step {state.step}; the same command goes on from there")
+            say(report.console, f"{stop[0]}: stopped and saved at step {state.step}; the same command goes on from there")
     return run
 
 
@@ -115,7 +116,7 @@ def refuse(state: TrainState, losses: dict[str, Tensor], norm: Tensor, report: R
     state.bad += 1
     values = {name: float(value) for name, value in losses.items()} | {"gradient norm": float(norm)}
     cause = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
-    report.say(f"step {state.step}: {cause}; step skipped ({state.bad} in a row)")
+    say(report.console, f"step {state.step}: {cause}; step skipped ({state.bad} in a row)")
     if state.bad >= MOST_BAD_STEPS:
         raise InputError(
             f"{state.bad} steps in a row were not finite (step {state.step}: {cause}); stopped. The newest checkpoint "

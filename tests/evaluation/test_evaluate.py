@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -16,11 +17,17 @@ from imbdiff.evaluation.extractors import load_extractor
 from imbdiff.evaluation.features import Extractor, extract
 from imbdiff.evaluation.report import ON_RECALL, Report
 from imbdiff.evaluation.selection import even_counts, most_even, take_evenly
-from imbdiff.random import normal, words
 
 GROUPS = {"head": (0, 1, 2), "medium": (3, 4, 5), "tail": (6, 7, 8, 9)}
 NAMES = tuple(map(str, range(10)))
 PLAIN = Extractor(lambda images: images.flatten(1).float(), None, "pixels", "0" * 64)
+
+
+def mixed_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The digits in random order: theirs is by writer, and parts of it would follow different laws."""
+    images, labels = digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return images[order], labels[order]
 
 
 def per_class(labels: torch.Tensor, start: list[int], stop: list[int]) -> torch.Tensor:
@@ -30,8 +37,8 @@ def per_class(labels: torch.Tensor, start: list[int], stop: list[int]) -> torch.
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, ImageSet]:
-    """Long-tailed training digits (60 down to 6 a class), held-out digits, fresh ones, and copies of the training ones."""
-    images, labels = digits()
+    """Long-tailed training digits (60 down to 6 a class), held-out digits, fresh ones, and copies of training ones."""
+    images, labels = mixed_digits()
     counts = [round(60 * 0.1 ** (c / 9)) for c in range(10)]
 
     def part(name: str, start: list[int], stop: list[int]) -> ImageSet:
@@ -70,22 +77,23 @@ def test_rows_and_protocol(reports: dict[str, Report], sets: dict[str, ImageSet]
     assert (report.protocol["k"], report.protocol["evaluation_seed"]) == (5, 0)
     assert report.rows["class 3"]["fid_note"] == "rank-deficient"
     assert report.rows["tail"]["fid_note"] is None
-    assert report.rows["all"]["inception_score"] > 9
+    # Ten classes in every split, read with little doubt; splits of one class each would score one.
+    assert 6 < report.rows["all"]["inception_score"] < 10
     assert "inception_score" not in report.rows["tail"]
 
 
 def test_fresh_images_beat_copies_and_most_in_the_tail(reports: dict[str, Report]) -> None:
     fresh, copies = reports["fresh"].rows, reports["copies"].rows
     assert fresh["tail"]["coverage"] > 0.85
-    assert copies["tail"]["coverage"] < 0.6
-    assert copies["tail"]["recall"] < 0.1 < 0.8 < fresh["tail"]["recall"]
+    assert copies["tail"]["coverage"] < 0.75
+    assert fresh["tail"]["recall"] > copies["tail"]["recall"] + 0.25
     assert fresh["tail"]["fid"] < 0.5 * copies["tail"]["fid"]
     assert fresh["tail"]["kid"] < 0.5 * copies["tail"]["kid"]
+    assert all(abs(fresh[g]["kid"]) < 0.1 for g in GROUPS)  # about -0.3 without the care for balanced classes
     assert copies["head"]["coverage"] > copies["medium"]["coverage"] > copies["tail"]["coverage"]
     # Both are digits of the right class: label accuracy cannot tell them apart, memorisation can.
     assert fresh["tail"]["label_accuracy"] == copies["tail"]["label_accuracy"] == 1
     assert all(row["memorisation"] == 0 for row in copies.values())
-    # The digits are in the order of their writers, whom train and held-out share unequally; so not exactly one.
     assert 0.85 < fresh["tail"]["memorisation"] < 1.15
 
 
@@ -96,9 +104,10 @@ def test_a_row_is_what_the_metrics_say_of_its_images(sets: dict[str, ImageSet], 
     r = per_class(real.labels, [0] * 10, [0] * 6 + [45] * 4)
     extractor = load_extractor("classifier")
     a, b = (extract(extractor, s.images[i]).features for s, i in ((fake, f), (real, r)))
+    labels = (fake.labels[f], real.labels[r])
     row = reports["fresh"].rows["tail"]
     assert row["fid"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-4)
-    assert row["kid"] == pytest.approx(metrics.kernel_distance(a, b)[0], rel=1e-4)  # type: ignore[index]
+    assert row["kid"] == pytest.approx(metrics.kernel_distance(a, b, labels=labels)[0], rel=1e-4)  # type: ignore[index]
     assert (row["precision"], row["recall"]) == metrics.precision_recall(b, a, 5)
     assert (row["density"], row["coverage"]) == metrics.density_coverage(b, a, 5)
 
@@ -241,25 +250,21 @@ def test_images_are_dealt_in_turn() -> None:
 
 def test_noise_lifts_recall_while_the_rest_falls() -> None:
     """The figures in every report's note on recall: copies of 8 digits a class, without and with noise of 60 levels."""
-    images, labels = digits()
+    images, labels = mixed_digits()
     train = per_class(labels, [0] * 10, [8] * 10)
     held_out = per_class(labels, [8] * 10, [999] * 10)
     real = ImageSet(images[held_out], labels[held_out], NAMES, "held-out")
-    number = torch.arange(1600)
-    pick = train[number // 160 * 8 + words(0, "test/pick", number, 1)[:, 0] % 8]
+    pick = train[torch.arange(960) // 96 * 8 + torch.arange(960) % 8]
+    noise = torch.randn(960, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     found = {}
     for spread in (0, 60):
-        noisy = images[pick] + spread * normal(0, "test/noise", number, (1, 8, 8))
+        noisy = images[pick] + spread * noise
         fake = ImageSet(noisy.round().clamp(0, 255).to(torch.uint8), labels[pick], NAMES, f"noise {spread}")
         rows = evaluate(fake, real, load_extractor("classifier"), groups={}, rank=range(10)).rows
         classes = [row for row in rows.values() if row["kind"] == "class"]
-        columns = ("recall", "label_accuracy", "fid", "coverage")
+        columns = ("recall", "label_accuracy", "fid")
         found[spread] = {c: sum(row[c] for row in classes) / len(classes) for c in columns}
-    copies, noise = found[0], found[60]
-    for text in (
-        f"from {copies['recall']:.2f} to {noise['recall']:.2f}",
-        f"from {copies['label_accuracy']:.2f} to {noise['label_accuracy']:.2f}",
-        f"from {copies['fid']:.1f} to {noise['fid']:.0f}",
-    ):
-        assert text in ON_RECALL.replace("\n", " "), found
-    assert noise["coverage"] < 0.5
+    said = re.findall(r"from ([0-9.]+) to ([0-9.]+)", ON_RECALL.replace("\n", " "))
+    for metric, pair in zip(("recall", "label_accuracy", "fid"), said, strict=True):
+        measured = [found[0][metric], found[60][metric]]
+        assert measured == pytest.approx([float(v) for v in pair], rel=0.02, abs=0.006), metric

@@ -117,7 +117,7 @@ def test_label_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> 
 
 def test_label_files_that_are_no_text(tmp_path: Path) -> None:
     write(tmp_path / "r/a.png")
-    with pytest.raises(InputError, match="expected a CSV of labels at .*, found no file"):
+    with pytest.raises(InputError, match=r"expected a CSV of labels at .*, found no file"):
         load_pair(tmp_path / "r", tmp_path / "r", tmp_path / "none.csv")
     with pytest.raises(InputError, match="is not a CSV in UTF-8"):
         load_pair(tmp_path / "r", tmp_path / "r", tmp_path / "r/a.png")
@@ -132,7 +132,7 @@ def test_missing_images_are_counted(tmp_path: Path) -> None:
 
 def test_folders_that_are_wrong(tmp_path: Path) -> None:
     write(tmp_path / "r/x/a.png")
-    with pytest.raises(InputError, match="expected a folder of images at .*none, found none"):
+    with pytest.raises(InputError, match=r"expected a folder of images at .*none, found none"):
         load_pair(tmp_path / "r", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no image"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,9 @@ def test_the_page_says_what_must_be_known() -> None:
     assert "- medium: memorisation without classes a, which have no training or no held-out images" in lines
     assert ON_RECALL in text
     assert max(map(len, lines)) < 140
+    plain = report()
+    plain.rows["class c"]["fid_note"] = None
+    assert "rank-deficient" not in plain.markdown()
 
 
 def test_the_picture_is_a_picture(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_without_matplotlib_the_numbers_are_kept(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a report at .*report.json, found no file"):
+    with pytest.raises(InputError, match=r"expected a report at .*report\.json, found no file"):
         Report.load(tmp_path)
     for text in ("{", "[]", '{"rows": {}}', '{"rows": {"all": 3}, "protocol": {}}', '{"rows": {}, "protocol": 1}'):
         (tmp_path / "report.json").write_text(text)
@@ -153,14 +155,14 @@ def test_tables_are_aligned() -> None:
 
 
 def test_reports_side_by_side() -> None:
-    text = compare_table({"ddpm": report(0.25), "cbdm": report(0.75)}, columns=("coverage", "kid"))
+    text = compare_table({"ddpm": report(0.25), "cbdm": report(12.75)}, columns=("fid", "coverage", "kid"))
     assert text.splitlines() == [
         "Each cell: head / medium / tail.",
         "",
-        "|      |        coverage |                      kid |",
-        "|------|----------------:|-------------------------:|",
-        "| ddpm | 0.25 / 0.25 / – | -0.00042 / 0.250 / 0.250 |",
-        "| cbdm | 0.75 / 0.75 / – | -0.00042 / 0.750 / 0.750 |",
+        "|      |               fid |          coverage |                      kid |",
+        "|------|------------------:|------------------:|-------------------------:|",
+        "| ddpm | 0.250 / 0.250 / – |  0.25 /  0.25 / – | -0.00042 / 0.250 / 0.250 |",
+        "| cbdm |  12.8 /  12.8 / – | 12.75 / 12.75 / – | -0.00042 /  12.8 /  12.8 |",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Feature extractors: the digits classifier, a function from a file, Inception's errors, and what is checked of each."""
+"""Feature extractors: the digits classifier, a function from a file, Inception, and what is checked of each."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_the_weights_are_the_ones_the_code_names() -> None:
 def test_the_classifier_refuses_other_weights(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     classifier.save_classifier(classifier.DigitsClassifier(), path)
-    with pytest.raises(InputError, match="should have SHA-256 .* do not compare; install imbdiff again"):
+    with pytest.raises(InputError, match=r"should have SHA-256 .* do not compare; install imbdiff again"):
         classifier.load_classifier(path)
-    with pytest.raises(InputError, match="expected the digits classifier at .*, found no file"):
+    with pytest.raises(InputError, match=r"expected the digits classifier at .*, found no file"):
         classifier.load_classifier(tmp_path / "none.safetensors")
     with pytest.raises(InputError, match="brings its own weights"):
         load_extractor("classifier", str(path))
@@ -190,9 +190,9 @@ def test_files_that_are_no_code_or_weights(tmp_path: Path, code: Path) -> None:
     with pytest.raises(InputError, match=r"expected a Python file \(.py\)"):
         load_extractor(f"{tmp_path}/notes.txt:make")
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
-    with pytest.raises(InputError, match="broken.py does not import: ModuleNotFoundError"):
+    with pytest.raises(InputError, match=r"broken\.py does not import: ModuleNotFoundError"):
         load_extractor(f"{tmp_path}/broken.py:make")
-    with pytest.raises(InputError, match="expected the weights of the extractor at 'no.pth', found no file"):
+    with pytest.raises(InputError, match=r"expected the weights of the extractor at 'no\.pth', found no file"):
         load_extractor(f"{code}:make", "no.pth")
 
 

@@ -95,6 +95,41 @@ def test_kernel_distance_is_unbiased() -> None:
     assert 4 * float(values.std()) / math.sqrt(200) < 0.15
 
 
+def test_kernel_distance_of_balanced_sets_is_unbiased() -> None:
+    # Three classes far apart, five rows of each: the usual estimate is about 2 * (0 - share of like pairs) below zero.
+    labels = torch.arange(15) % 3
+    offset = 3 * torch.eye(3, dtype=torch.float64)[labels]
+    pairs = [(gaussian(15, 3, 2 * s) + offset, gaussian(15, 3, 2 * s + 1) + offset) for s in range(200)]
+    for given_labels, biased in ((None, True), ((labels, labels), False)):
+        found = [metrics.kernel_distance(a, b, labels=given_labels) for a, b in pairs]
+        values = torch.tensor([v[0] for v in found if v], dtype=torch.float64)
+        bound = 4 * float(values.std()) / math.sqrt(200)
+        assert (float(values.mean()) < -bound) == biased
+        assert abs(float(values.mean())) > bound or not biased
+    assert metrics.kernel_distance(pairs[0][0][:4], pairs[0][1], labels=(labels[:4], labels)) is None
+
+
+def test_kernel_distance_weighs_classes_equally() -> None:
+    a, b = gaussian(5, 3, 30), gaussian(6, 3, 31, shift=0.5)
+    la, lb = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 0, 1, 1])
+
+    def k(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    def term(x: Tensor, lx: Tensor, y: Tensor, ly: Tensor, same: bool) -> float:
+        means = []
+        for c in (0, 1):
+            for e in (0, 1):
+                i, j = ((l == v).nonzero()[:, 0].tolist() for l, v in ((lx, c), (ly, e)))
+                means.append(np.mean([k(x[p], y[q]) for p in i for q in j if not (same and p == q)]))
+        return float(np.mean(means))
+
+    expected = term(a, la, a, la, True) + term(b, lb, b, lb, True) - 2 * term(a, la, b, lb, False)
+    found = metrics.kernel_distance(a, b, labels=(la, lb))
+    assert found is not None
+    assert found[0] == pytest.approx(expected, rel=1e-10)
+
+
 def test_kernel_distance_over_subsets() -> None:
     a, b = gaussian(300, 4, 11), gaussian(250, 4, 12, shift=0.5)
     full = metrics.kernel_distance(a, b)
@@ -102,7 +137,7 @@ def test_kernel_distance_over_subsets() -> None:
     assert full is not None
     assert some is not None
     assert some[1] is not None
-    assert 0 < some[1]
+    assert some[1] > 0
     assert some[0] == pytest.approx(full[0], abs=4 * some[1] / math.sqrt(60))
     assert some == metrics.kernel_distance(a, b, subsets=60, subset_size=100, seed=3)
     assert some != metrics.kernel_distance(a, b, subsets=60, subset_size=100, seed=4)

@@ -1,0 +1,137 @@
+"""Golden values, laws and refusals of posterior_mean and posterior_draw."""
+
+import pytest
+import torch
+
+from imbdiff import ops
+from imbdiff.diffusion import make_path
+
+
+def golden(dtype=torch.float64):
+    i, d = torch.arange(4.0, dtype=torch.float64)[:, None], torch.arange(5.0, dtype=torch.float64)
+    bank, noise = torch.sin(i + 2 * d), torch.cos(5 * i + 3 * d)
+    signal, sigma = torch.full((4,), 0.3**0.5, dtype=torch.float64), torch.full((4,), 0.7**0.5, dtype=torch.float64)
+    x_t = signal[:, None] * bank + sigma[:, None] * noise
+    return [v.to(dtype) for v in (x_t, bank, signal, sigma)]
+
+
+ROWS = [[0.4733193298, 0.2865157125, 0.129205646, 0.1109593118], [0.1512329162, 0.3961144501, 0.3275079042, 0.1251447295]]
+
+
+def test_golden_weights_by_the_mean():
+    x_t, bank, signal, sigma = golden()
+    want = torch.tensor(ROWS, dtype=torch.float64) @ bank
+    torch.testing.assert_close(ops.posterior_mean(x_t, bank, signal, sigma)[:2], want, atol=2e-9, rtol=0)
+
+
+def test_draw_inverts_the_distribution_function():
+    """Just below and just above each edge of row 0 the index changes by one."""
+    x_t, bank, signal, sigma = golden()
+    edges = torch.tensor(ROWS[0], dtype=torch.float64).cumsum(0)[:3]
+    own = torch.zeros(1, dtype=torch.int64)
+    for j, edge in enumerate(edges):
+        for step, want in ((-1e-6, j), (1e-6, j + 1)):
+            u = (edge + step)[None]
+            got = ops.posterior_draw(x_t[:1], bank, signal[:1], sigma[:1], u, own=own, gate="full")
+            assert got.tolist() == [want]
+
+
+def test_frequencies():
+    x_t, bank, signal, sigma = golden()
+    n = 40_000
+    u = torch.rand(n, dtype=torch.float64)
+    rows = [v[:1].expand(n, *v.shape[1:]) for v in (x_t, signal, sigma)]
+    drawn = ops.posterior_draw(rows[0], bank, *rows[1:], u, own=torch.zeros(n, dtype=torch.int64), gate="full")
+    p = torch.tensor(ROWS[0], dtype=torch.float64)
+    assert ((drawn.bincount(minlength=4) / n - p).abs() < 4.5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def brute_force(x_t, bank, signal, sigma, log_prior):
+    x0 = x_t[:, None] - signal.view(-1, 1, 1) * bank[None]
+    logits = -(x0**2).sum(2) / (2 * sigma[:, None] ** 2)
+    return (logits + (0 if log_prior is None else log_prior)).softmax(1)
+
+
+@pytest.mark.parametrize("t", [0, 300, 550, 650, 750, 999])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_every_noise_level_against_float64(t, with_prior):
+    B, N, D = 5, 9, 300
+    bank = torch.randn(N, D, dtype=torch.float64).clamp(-1, 1)
+    signal, sigma, _ = make_path("ddpm").coefficients(torch.full((B,), float(t), dtype=torch.float64))
+    x_t = signal[:, None] * bank[:B] + sigma[:, None] * torch.randn(B, D, dtype=torch.float64)
+    prior = torch.randn(N, dtype=torch.float64) if with_prior else None
+    p = brute_force(x_t, bank, signal, sigma, prior)
+    got = ops.posterior_mean(x_t, bank, signal, sigma, log_prior=prior)
+    torch.testing.assert_close(got, p @ bank, atol=1e-6 if t == 0 else 1e-10, rtol=0)
+    low = [v.float() for v in (x_t, bank, signal, sigma)]
+    got32 = ops.posterior_mean(*low, log_prior=None if prior is None else prior.float())
+    torch.testing.assert_close(got32.double(), p @ bank, atol=3e-4, rtol=0)
+    # The same draws in both precisions, but where u lies within 1e-4 of an edge.
+    u = torch.rand(B, dtype=torch.float64)
+    far = ((p.cumsum(1) - u[:, None]).abs() > 1e-4).all(1)
+    args = {"own": torch.arange(B), "gate": "full"}
+    z64 = ops.posterior_draw(x_t, bank, signal, sigma, u, **args, log_prior=prior)
+    z32 = ops.posterior_draw(*low, u.float(), **args, log_prior=None if prior is None else prior.float())
+    assert torch.equal(z64[far], z32[far])
+    if t == 0 and not with_prior:
+        assert torch.equal(z32, torch.arange(B))
+
+
+def test_gates():
+    """With pure noise every row is as likely, so the draw is u's and only the gate decides."""
+    N = 4
+    bank, counts = torch.zeros(N, 3), torch.tensor([100, 50, 20, 5])
+    u = torch.tensor([0.1, 0.3, 0.6, 0.9])  # drawn rows 0, 1, 2, 3
+    own = torch.tensor([2, 2, 2, 2])
+    args = (torch.zeros(4, 3), bank, torch.zeros(4), torch.ones(4), u)
+    gated = {"own": own, "counts_x": counts[own], "counts_bank": counts}
+    assert ops.posterior_draw(*args, **gated, gate="t2h").tolist() == [0, 1, 2, 2]
+    assert ops.posterior_draw(*args, **gated, gate="h2t").tolist() == [2, 2, 2, 3]
+    assert ops.posterior_draw(*args, own=own, gate="full").tolist() == [0, 1, 2, 3]
+
+
+def test_prior_of_minus_infinity_is_never_drawn():
+    args = (torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3), torch.ones(3))
+    prior = torch.tensor([-torch.inf, 0.0, -torch.inf])
+    u = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    drawn = ops.posterior_draw(*args, u, own=torch.zeros(3, dtype=torch.int64), gate="full", log_prior=prior)
+    assert drawn.tolist() == [1, 1, 1]
+
+
+def test_gradient_of_the_mean():
+    x_t, bank, signal, sigma = golden()
+    assert torch.autograd.gradcheck(
+        lambda a, b: ops.posterior_mean(a, b, signal, sigma), (x_t.requires_grad_(), bank.requires_grad_())
+    )
+
+
+def test_images_keep_their_shape_and_empty_batches_work():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
+    out = ops.posterior_mean(x, x, torch.ones(2), torch.ones(2))
+    assert out.shape == x.shape
+    assert out.dtype == torch.bfloat16
+    none = ops.posterior_mean(x[:0], x, torch.ones(0), torch.ones(0))
+    assert none.shape == (0, 3, 4, 4)
+
+
+x, one = torch.zeros(2, 3), torch.ones(2)
+draw = {"own": torch.arange(2), "gate": "full"}
+
+
+@pytest.mark.parametrize(
+    ("args", "more", "error", "text"),
+    [
+        ((x, torch.zeros(4, 5), one, one, one), draw, ValueError, "bank must be"),
+        ((x, x[:0], one, one, one), draw, ValueError, "at least one row"),
+        ((x, x.double(), one, one, one), draw, TypeError, "bank must have x_t's dtype"),
+        ((x, x, one[:1], one, one), draw, ValueError, "signal must be \\[B\\] = \\[2\\]"),
+        ((x, x, one, one, torch.ones(3)), draw, ValueError, "u must be \\[B\\]"),
+        ((x, x, one, one, one), {"own": one, "gate": "full"}, TypeError, "own must be one of int64"),
+        ((x, x, one, one, one), {**draw, "gate": "both"}, ValueError, "gate must be"),
+        ((x, x, one, one, one), {**draw, "gate": "t2h"}, ValueError, "pass counts_x"),
+        ((x, x, one, one, one), {**draw, "log_prior": one[:1]}, ValueError, "log_prior must be \\[N\\]"),
+    ],
+)
+def test_refusals(args, more, error, text):
+    with pytest.raises(error, match=text):
+        ops.posterior_draw(*args, **more)
