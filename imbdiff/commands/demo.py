@@ -34,6 +34,8 @@ class DemoCommand:
     """Training steps of each run."""
     seed: int = 0
     """Of both runs."""
+    per_class: int = 100
+    """Images drawn of each class for the table."""
     fresh: bool = False
     """Delete both runs first."""
 
@@ -46,7 +48,7 @@ def main(args: list[str]) -> int:
     runs = [train(config, fresh=command.fresh, console=console) for config in configs]
     extractor = load_extractor("classifier")
     for run in runs:
-        evaluate.evaluate_run(evaluate.EvaluateCommand(str(run)), extractor, console)
+        evaluate.evaluate_run(evaluate.EvaluateCommand(str(run), per_class=command.per_class), extractor, console)
     table = comparison(runs)
     write_text(out / "comparison.md", table)
     console.rule("long-tailed digits")

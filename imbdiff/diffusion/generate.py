@@ -12,7 +12,7 @@ from imbdiff import random
 from imbdiff.data import to_uint8
 from imbdiff.diffusion.guidance import guided
 from imbdiff.diffusion.paths import Path
-from imbdiff.diffusion.samplers import SAMPLERS, sample
+from imbdiff.diffusion.samplers import SAMPLERS, check_sampler, sample
 from imbdiff.errors import InputError
 from imbdiff.models.types import Cond, LabelCond
 
@@ -35,12 +35,16 @@ class SamplingConfig:
     """ddpm_ancestral as in the CBDM lineage: the clip comes after the mean, so only the last image is clipped."""
 
     def resolved(self, path: Path) -> SamplingConfig:
-        """With the sampler by name."""
-        return replace(self, sampler=_DEFAULT_SAMPLER[path.name]) if self.sampler == "auto" else self
+        """With the sampler by name, checked to be one for this path with so many steps and these switches."""
+        config = replace(self, sampler=_DEFAULT_SAMPLER[path.name]) if self.sampler == "auto" else self
+        check_sampler(config.sampler, path)
+        path.grid(config.steps)
+        config.switches()
+        return config
 
     def switches(self) -> dict[str, bool]:
         """What the sampler of that name takes; one that it does not take must be off."""
-        takes = SAMPLERS[self.sampler].options if self.sampler in SAMPLERS else ()
+        takes = SAMPLERS[self.sampler].options
         if self.parity and "parity" not in takes:
             raise InputError(f"parity is a switch of the sampler ddpm_ancestral, got sampler {self.sampler}")
         return {name: getattr(self, name) for name in takes}

@@ -48,7 +48,7 @@ def ddpm_ancestral(
     Their fixedlarge has the first entry replaced by the posterior variance of t = 1; no noise is drawn there, at the
     last step, so it needs no counterpart here. Ho et al. 2020; learned: Nichol & Dhariwal 2021.
     """
-    _check_path("ddpm_ancestral", path)
+    check_sampler("ddpm_ancestral", path)
     if variance not in ("fixedlarge", "fixedsmall", "learned"):
         raise InputError(f"variance must be one of fixedlarge, fixedsmall, learned, got {variance!r}")
     if parity and not clip:
@@ -145,7 +145,7 @@ def dpmpp_2m(
 @torch.no_grad()
 def euler(model: Model, x: Tensor, path: Path, *, steps: int, progress: Progress | None = None) -> Tensor:
     """x' = x + (t' - t) v: the flow ODE dx/dt = v from t = 0 to 1 in first order, one evaluation a step."""
-    _check_path("euler", path)
+    check_sampler("euler", path)
     x = widened(x)
     for _, here, there in walk(path, steps, "linspace", progress):
         x = x + (there.t - here.t) * call(model, x, here)
@@ -158,7 +158,7 @@ def heun(model: Model, x: Tensor, path: Path, *, steps: int, progress: Progress 
 
     The last v' is asked at t = 1, where the velocity is finite (x0 - E[eps]), unlike the score.
     """
-    _check_path("heun", path)
+    check_sampler("heun", path)
     x = widened(x)
     for _, here, there in walk(path, steps, "linspace", progress):
         dt = there.t - here.t
@@ -190,15 +190,16 @@ def sample(
     name: str, model: Model, x: Tensor, path: Path, *, steps: int, draw: Draw | None = None, **options: Any
 ) -> Tensor:
     """Run the sampler called `name`; `options` are its further keyword arguments (clip, eta, spacing, progress, ..)."""
-    if name not in SAMPLERS:
-        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    _check_path(name, path)
+    check_sampler(name, path)
     if SAMPLERS[name].draws:
         options["draw"] = draw
     return SAMPLERS[name].run(model, x, path, steps=steps, **options)
 
 
-def _check_path(name: str, path: Path) -> None:
+def check_sampler(name: str, path: Path) -> None:
+    """Refuse a sampler that does not exist or is not for this path."""
+    if name not in SAMPLERS:
+        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     if path.name not in SAMPLERS[name].paths:
         fitting = ", ".join(other for other, entry in SAMPLERS.items() if path.name in entry.paths)
         raise InputError(

@@ -14,7 +14,7 @@ from imbdiff.evaluation import metrics
 from imbdiff.evaluation.features import Extractor, Features, extract
 from imbdiff.evaluation.memorisation import Memorisation, memorisation
 from imbdiff.evaluation.report import Report
-from imbdiff.evaluation.selection import most_even, take_evenly
+from imbdiff.evaluation.selection import most_even, shuffled, take_evenly
 
 
 def evaluate(
@@ -65,12 +65,13 @@ def evaluate(
     memory = memorisation(fake, train, held_out) if train is not None and held_out is not None else None
     sizes = [_sizes(s, rows, present, groups, like, n) for s, n in ((fake, "n_fake"), (real, "n_real"))]
 
+    orders = [shuffled(len(s), seed) for s in (fake, real)]
     report = Report(protocol={**own, **(protocol or {})})
     for name, classes in rows.items():
         used = present[name]
         kind = "all" if name == "all" else "group" if name in groups else "class"
         row: dict[str, Any] = {"kind": kind, "classes": classes, "classes_left_out": sorted(set(classes) - set(used))}
-        picks = [take_evenly(s.labels, used, n[name]) for s, n in zip((fake, real), sizes, strict=True)]
+        picks = [take_evenly(s.labels, used, n[name], o) for s, n, o in zip((fake, real), sizes, orders, strict=True)]
         labels = (fake.labels[picks[0]], real.labels[picks[1]])
         row |= _distances(found_fake.features[picks[0]], found_real.features[picks[1]], labels, k=k, seed=seed)
         if kind == "all":

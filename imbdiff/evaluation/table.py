@@ -81,6 +81,7 @@ def _differences(reports: Mapping[str, Report], groups: Sequence[str]) -> list[s
         found[side] = {n: [r.rows[g].get(side) for g in groups] for n, r in reports.items()}
     lines = []
     for key, values in found.items():
-        if len({str(v) for v in values.values()}) > 1:
+        # A yardstick has no sampler: what is absent differs from nothing.
+        if len({str(v) for v in values.values() if v is not None}) > 1:
             lines.append(f"- {key}: " + ", ".join(f"{n} {str(v)[:16]}" for n, v in values.items()))
     return ["", "Not like for like; these differ:", "", *lines] if lines else []

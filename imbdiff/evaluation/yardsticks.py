@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imbdiff.data import ImageSet, TrainingData
 from imbdiff.errors import InputError
+from imbdiff.evaluation.selection import shuffled
 
 FEWEST = 10
 """A class with fewer unseen images than this gives none to the fresh row."""
@@ -31,13 +32,14 @@ class ComparisonSets:
 
 
 def comparison_sets(data: TrainingData, external: ImageSet | None = None) -> ComparisonSets:
-    """Sets for a run on `data`: against an external reference, or against all images of the source but the fresh ones."""
+    """For a run on `data`: measured against an external reference, or against its own source but the fresh images."""
     if external is not None and external.num_classes != data.pool.num_classes:
         raise InputError(
             f"the reference {external.name} has {external.num_classes} classes, the training data "
             f"{data.pool.num_classes}; they must be the same classes in the same order"
         )
     unseen = data.held_out if external is None else named_as(external, data.pool)
+    unseen = unseen.take(shuffled(len(unseen), 0))
     if not len(unseen):
         return ComparisonSets(renamed(data.train, "the training images themselves"), data.train, None, None)
     fresh = fresh_index(unseen, data.groups)

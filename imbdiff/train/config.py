@@ -164,10 +164,9 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type, data: dict[str, Any]) -> Any:
-    """The inverse of `to_dict`; an unknown or missing setting is an error that names it."""
-    known = {f.name: f for f in fields(cls)}
-    if wrong := sorted(set(data) ^ set(known)):
-        raise InputError(f"{cls.__name__}: settings {', '.join(wrong)} are unknown here or missing; another version?")
+    """The inverse of `to_dict`. A setting that is younger than the file has its default; an unknown one is an error."""
+    if wrong := sorted(set(data) - {f.name for f in fields(cls)}):
+        raise InputError(f"{cls.__name__} has no setting {', '.join(wrong)}; was the file written by a newer imbdiff?")
     defaults = cls()
     values = {}
     for name, value in data.items():

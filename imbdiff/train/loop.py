@@ -37,6 +37,7 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
     say(console, describe_split(data))
     images = data.train.to(device)
     objective = build_objective(config, tuple(images.images.shape[1:]), images.num_classes).to(device).train()
+    sampling = config.sampling.resolved(objective.path)
     source = BatchSource(
         images=images,
         order=DataOrder(images.labels, data.counts, config.seed, config.data.prior_exponent),
@@ -64,7 +65,7 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
                 metrics.write({"step": state.step, "images": state.step * config.batch_size, **row, **{k: float(v) for k, v in facts.items()}, **speed})
                 report.row(state.step, row)
             if last or state.step % config.grid_every == 0:
-                draw_grid(state, images, config.sampling, run / "grids" / f"step-{state.step:08d}.png")
+                draw_grid(state, images, sampling, run / "grids" / f"step-{state.step:08d}.png")
             if last or stop or state.step % config.checkpoint_every == 0:
                 state.save(run)
         if stop:

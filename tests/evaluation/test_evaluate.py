@@ -16,7 +16,7 @@ from imbdiff.evaluation.evaluate import evaluate
 from imbdiff.evaluation.extractors import load_extractor
 from imbdiff.evaluation.features import Extractor, extract
 from imbdiff.evaluation.report import ON_RECALL, Report
-from imbdiff.evaluation.selection import even_counts, most_even, take_evenly
+from imbdiff.evaluation.selection import even_counts, most_even, shuffled, take_evenly
 
 GROUPS = {"head": (0, 1, 2), "medium": (3, 4, 5), "tail": (6, 7, 8, 9)}
 NAMES = tuple(map(str, range(10)))
@@ -99,9 +99,10 @@ def test_fresh_images_beat_copies_and_most_in_the_tail(reports: dict[str, Report
 
 def test_a_row_is_what_the_metrics_say_of_its_images(sets: dict[str, ImageSet], reports: dict[str, Report]) -> None:
     fake, real = sets["fresh"], sets["real"]
-    # Tail: 150 of 4 classes are 38, 38, 37, 37, the first ones of each; likewise 180 real ones are 45 each.
-    f = per_class(fake.labels, [0] * 10, [0] * 6 + [38, 38, 37, 37])
-    r = per_class(real.labels, [0] * 10, [0] * 6 + [45] * 4)
+    # Tail: 150 of 4 classes are 38, 38, 37, 37, the first ones of each in the shuffled order; 180 real ones 45 each.
+    orders = [shuffled(len(s), 0) for s in (fake, real)]
+    f = orders[0][per_class(fake.labels[orders[0]], [0] * 10, [0] * 6 + [38, 38, 37, 37])]
+    r = orders[1][per_class(real.labels[orders[1]], [0] * 10, [0] * 6 + [45] * 4)]
     extractor = load_extractor("classifier")
     a, b = (extract(extractor, s.images[i]).features for s, i in ((fake, f), (real, r)))
     labels = (fake.labels[f], real.labels[r])
@@ -126,6 +127,7 @@ def test_a_class_that_was_not_drawn_is_left_out_of_both_sides(sets: dict[str, Im
     assert empty["n_fake"] == empty["n_real"] == empty["n_samples"] == 0
     measured = ("coverage", "density", "precision", "recall", "fid", "kid", "label_accuracy", "memorisation")
     assert all(empty[name] is None for name in measured)
+    # The rest of the tail is what it would be without the class at all (but for the order, which is by position).
     without = evaluate(
         fake,
         sets["real"].take(sets["real"].labels != 8),
@@ -133,7 +135,8 @@ def test_a_class_that_was_not_drawn_is_left_out_of_both_sides(sets: dict[str, Im
         groups={**GROUPS, "tail": (6, 7, 9)},
         rank=range(10),
     )
-    assert without.rows["tail"]["fid"] == report.rows["tail"]["fid"]
+    assert without.rows["tail"]["n_real"] == report.rows["tail"]["n_real"] == 180
+    assert without.rows["tail"]["fid"] == pytest.approx(report.rows["tail"]["fid"], rel=1e-4)
     assert without.rows["tail"]["memorisation"] is None
 
 
@@ -243,9 +246,9 @@ def test_every_smaller_total_splits_evenly_too() -> None:
 
 def test_images_are_dealt_in_turn() -> None:
     labels = torch.tensor([2, 2, 0, 1, 1, 0, 2, 0])
-    assert take_evenly(labels, (2, 0, 1), 8).tolist() == [0, 2, 3, 1, 5, 4, 6, 7]
-    assert take_evenly(labels, (0, 2), 3).tolist() == [2, 0, 5]
-    assert take_evenly(labels, (0, 2), 0).tolist() == []
+    assert take_evenly(labels, (2, 0, 1), 8, torch.arange(8)).tolist() == [0, 2, 3, 1, 5, 4, 6, 7]
+    assert take_evenly(labels, (0, 2), 3, torch.arange(8)).tolist() == [2, 0, 5]
+    assert take_evenly(labels, (0, 2), 0, torch.arange(8)).tolist() == []
 
 
 def test_noise_lifts_recall_while_the_rest_falls() -> None:
