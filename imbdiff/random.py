@@ -1,9 +1,9 @@
 """Counter-based random numbers: every draw is a function of (seed, stream name, global sample number).
 
 Nothing is stored and nothing advances, so a resumed run, another number of processes or one more method on the same run
-leave every other draw as it was. The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3") in plain torch integer arithmetic: it runs on any device and compiles. The 64-bit key is a hash of seed and stream
-name; the 128-bit counter is (block, 0, sample number low, sample number high).
+leave every other draw as it was. The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3") in plain torch integer arithmetic: it runs on any device and compiles. The 64-bit key is a hash of
+seed and stream name; the 128-bit counter is (block, 0, sample number low, sample number high).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def uniform(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) 
 def normal(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """[B, *shape] float32 standard normal (Box-Muller).
 
-    Computed in float64 and rounded once, so that a value does not depend on where in a vector register or thread it was made.
+    Computed in float64 and rounded once: a value does not depend on where in a vector register it was made.
     """
     count = math.prod(shape)
     u1, u2 = words(seed, stream, index, 2 * -(-count // 2)).double().mul_(2.0**-32).unflatten(1, (-1, 2)).unbind(-1)

@@ -167,7 +167,7 @@ def test_your_own_npz_with_a_test_set_as_reference(capsys, tmp_path):
         capsys, "train", "images", "--out", tmp_path / "run", "--data.source", "npz", "--data.path",
         tmp_path / "train.npz", "--model.size", "tiny", "--diffusion.path", "flow", *TINY,
     )  # fmt: skip
-    out, _ = run(
+    run(
         capsys, "evaluate", tmp_path / "run", "--per-class", 12, "--reference", tmp_path / "test.npz",
         "--extractor", f"{tmp_path / 'net.py'}:features",
     )  # fmt: skip
@@ -194,7 +194,7 @@ def test_demo_in_small(capsys, tmp_path):
 
 def test_import_is_light():
     """`import imbdiff` and its ops bring torch and nothing else that is heavy."""
-    heavy = "sklearn matplotlib PIL rich tyro safetensors diffusers transformers torchmetrics".split()
+    heavy = ["sklearn", "matplotlib", "PIL", "rich", "tyro", "safetensors", "diffusers", "transformers", "torchmetrics"]
     code = f"import sys; from imbdiff import ops; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

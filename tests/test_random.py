@@ -59,7 +59,7 @@ def test_seed_stream_and_number_all_matter(seed, stream, number):
 def test_moments():
     index = torch.arange(20_000)
     u = random.uniform(0, "u", index, (10,)).double()
-    assert 0 <= u.min()
+    assert u.min() >= 0
     assert u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.numel()) ** 0.5
     n = random.normal(0, "n", index, (11,)).double()

@@ -60,7 +60,7 @@ class EvaluateCommand:
     steps: int | None = None
     """As in `imbdiff sample`; the run's own if not given."""
     reference: str = ""
-    """npz of real images (images, labels) to measure against, such as a test set; if not given, the run's own source."""
+    """npz of real images (images, labels) to measure against, such as a test set; the run's own source if not given."""
     extractor: str = "classifier"
     """classifier (8x8 digits), inception (the eval extra), or FILE.py:FUNCTION, called without arguments or with
     --extractor-weights, giving a callable on uint8 [N, C, H, W] with an optional method logits."""
@@ -86,7 +86,7 @@ def main(args: list[str]) -> int:
 def evaluate_run(command: EvaluateCommand, extractor: Extractor, console: Console) -> dict[str, Report]:
     """Reports of the run and its two yardsticks, by name; saved and printed as one table."""
     run = load_run(command.run, partial(say, console), pick_device(command.device))
-    sets = run_sets(run, command.reference)
+    sets = run_sets(run, command)
     images, protocol = run_samples(run, command, console)
     own = Path(command.out) if command.out else run.path / "report"
     measured: dict[str, tuple[Path, ImageSet, dict[str, Any]]] = {}
@@ -113,7 +113,7 @@ def run_name(run: TrainedRun) -> str:
     return run.path.name
 
 
-def run_sets(run: TrainedRun, reference: str) -> ComparisonSets:
+def run_sets(run: TrainedRun, command: EvaluateCommand) -> ComparisonSets:
     """The run's data again, checked to be the data that it trained on."""
     data = load_training_data(run.config.data)
     if data.split_hash != run.facts["sha256"]:
@@ -121,8 +121,8 @@ def run_sets(run: TrainedRun, reference: str) -> ComparisonSets:
             f"the data of {run.path} has changed: its split was {run.facts['sha256'][:12]}..., now it is "
             f"{data.split_hash[:12]}...; put the data back that the run was trained on"
         )
-    external = load_source(DataConfig(source="npz", path=reference)) if reference else None
-    return comparison_sets(data, external)
+    external = load_source(DataConfig(source="npz", path=command.reference)) if command.reference else None
+    return comparison_sets(data, command.per_class, external)
 
 
 def run_samples(run: TrainedRun, command: EvaluateCommand, console: Console) -> tuple[ImageSet, dict[str, Any]]:

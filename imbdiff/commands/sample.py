@@ -29,8 +29,8 @@ from imbdiff.train.run import TrainedRun, load_run
 class SampleCommand:
     """Draw labelled images, the same number of each class, from a run's averaged weights.
 
-    Writes samples.npz (images uint8 [N, H, W, C], labels), grid.png (one row a class, head to tail, the same noise in
-    each column) and sampling.json. Image i's noise depends on the seed and i alone.
+    Writes samples.npz (images uint8 [N, H, W, C], labels), grid.png (one row a class, head to tail) and sampling.json.
+    Image i's noise depends on the seed and i alone.
     """
 
     run: Annotated[str, tyro.conf.Positional]

@@ -44,6 +44,12 @@ class ImageSet:
         return len(self.class_names)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of each image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
     def counts(self) -> Tensor:
         """Images of each class, int64 [C]."""
         return torch.bincount(self.labels, minlength=self.num_classes)

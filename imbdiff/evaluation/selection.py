@@ -39,7 +39,7 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def take_evenly(labels: Tensor, classes: Sequence[int], total: int, order: Tensor) -> Tensor:
-    """Positions, int64 [total], of the first images of each class in `order`, dealt in turn: one of each, then the next.
+    """Positions, int64 [total], of the first images of each class in `order`, dealt in turn: one of each, then next.
 
     Dealt, because the splits of an inception score follow this order and must each hold every class.
     """

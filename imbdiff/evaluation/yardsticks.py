@@ -31,8 +31,11 @@ class ComparisonSets:
     fresh: ImageSet | None
 
 
-def comparison_sets(data: TrainingData, external: ImageSet | None = None) -> ComparisonSets:
-    """For a run on `data`: measured against an external reference, or against its own source but the fresh images."""
+def comparison_sets(data: TrainingData, per_class: int, external: ImageSet | None = None) -> ComparisonSets:
+    """For a run on `data`: measured against an external reference, or against its own source but the fresh images.
+
+    The fresh images are at most as many as a run's `per_class` samples of each class, so that both rows have one N.
+    """
     if external is not None and external.num_classes != data.pool.num_classes:
         raise InputError(
             f"the reference {external.name} has {external.num_classes} classes, the training data "
@@ -42,7 +45,7 @@ def comparison_sets(data: TrainingData, external: ImageSet | None = None) -> Com
     unseen = unseen.take(shuffled(len(unseen), 0))
     if not len(unseen):
         return ComparisonSets(renamed(data.train, "the training images themselves"), data.train, None, None)
-    fresh = fresh_index(unseen, data.groups)
+    fresh = fresh_index(unseen, data.groups, per_class)
     left = torch.ones(len(unseen), dtype=torch.bool)
     left[fresh] = False
     held_out = unseen.take(left.nonzero()[:, 0])
@@ -53,13 +56,14 @@ def comparison_sets(data: TrainingData, external: ImageSet | None = None) -> Com
     return ComparisonSets(reference, data.train, held_out, unseen.take(fresh) if len(fresh) else None)
 
 
-def fresh_index(unseen: ImageSet, groups: Mapping[str, Sequence[int]]) -> Tensor:
+def fresh_index(unseen: ImageSet, groups: Mapping[str, Sequence[int]], per_class: int) -> Tensor:
     """The same number for each group, evenly over its classes; the group that has least gives two thirds of them."""
     counts = unseen.counts.tolist()
     able = {name: [c for c in classes if counts[c] >= FEWEST] for name, classes in groups.items()}
     if not all(able.values()):
         return torch.empty(0, dtype=torch.int64)
-    total = min(len(classes) * (2 * min(counts[c] for c in classes) // 3) for classes in able.values())
+    spare = min(len(classes) * (2 * min(counts[c] for c in classes) // 3) for classes in able.values())
+    total = min(spare, *(per_class * len(classes) for classes in groups.values()))
     chosen = []
     for classes in able.values():
         share, rest = divmod(total, len(classes))

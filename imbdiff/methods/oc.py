@@ -4,8 +4,9 @@
     keep z_i where the gate allows (t2h: n_{y_z} >= n_{y_i}), else z_i = i
     target_i = the native target of x0_{z_i} under the same x_t
 
-One forward; the network's input and its label stay the sample's own. Dropped samples are transferred too, gated by their
-true labels. "soft" averages the clean images instead of drawing one (stable target field, Xu et al. 2023), without a gate.
+One forward; the network's input and its label stay the sample's own. Dropped samples are transferred too, gated by
+their true labels. "soft" averages the clean images instead of drawing one (stable target field, Xu et al. 2023),
+without a gate.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class OC(Method):
         else:
             counts = batch.counts[batch.group]
             own = torch.arange(len(batch.t), device=batch.t.device)
-            gated = {"own": own, "counts_x": counts, "counts_bank": counts, "gate": transfer}
-            other = batch.x0[ops.posterior_draw(*bank, batch.uniform("oc/draw"), **gated)]
+            u = batch.uniform("oc/draw")
+            z = ops.posterior_draw(*bank, u, own=own, counts_x=counts, counts_bank=counts, gate=transfer)
+            other = batch.x0[z]
         return torch.where((batch.noise < self.config.max_noise).view(-1, 1, 1, 1), other, batch.x0)

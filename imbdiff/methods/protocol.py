@@ -1,10 +1,10 @@
 """What a method may say: branches, terms, another clean target, a weight on the base loss.
 
-Every remedy for class imbalance evaluates the network at the same (x_t, t) under another condition, or without its extra
-capacity, and compares. The trainer owns the base loss and counts it once; methods only add to it:
+Every remedy for class imbalance evaluates the network at the same (x_t, t) under another condition, or without its
+extra capacity, and compares. The trainer owns the base loss and counts it once; methods only add to it:
 
 - a `Branch` asks for one more evaluation of the network;
-- a `Pair` compares the own prediction with a branch, element by element; all pairs and the base are one fused operation;
+- a `Pair` compares the own prediction with a branch, element by element; base and all pairs are one fused call;
 - a `Scalar` is any other loss, one that is not a mean over samples;
 - `x0_target` names another clean image to regress to (at most one method may);
 - `base_weight` reweights the base loss per sample (several multiply).

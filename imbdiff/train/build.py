@@ -9,7 +9,7 @@ from torch import nn
 
 from imbdiff.diffusion import make_path
 from imbdiff.errors import InputError
-from imbdiff.methods import METHODS
+from imbdiff.methods import METHODS, Method
 from imbdiff.models import DiT, dit_config
 from imbdiff.train.config import ModelConfig, TrainConfig
 from imbdiff.train.objective import Objective
@@ -22,16 +22,18 @@ def build_network(config: ModelConfig, image_shape: tuple[int, int, int], num_cl
     base = dit_config(
         config.size, image_size=height, channels=channels, num_classes=num_classes, learn_sigma=config.learn_sigma
     )
-    own = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads", "patch_size", "label_init_std")}
+    own = {
+        name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads", "patch_size", "label_init_std")
+    }
     return DiT(replace(base, **{name: value for name, value in own.items() if value is not None}))
 
 
 def build_objective(config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int) -> Objective:
-    """Network and methods with initial weights that are a function of the seed alone; torch's generator is untouched."""
+    """Network and methods; their initial weights are the seed's alone, and torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net: nn.Module = build_network(config.model, image_shape, num_classes)
-        methods = {name: METHODS[name](getattr(config, name, None)) for name in config.methods}
+        methods: dict[str, Method] = {name: METHODS[name](getattr(config, name, None)) for name in config.methods}
     return Objective(net, make_path(config.diffusion.path), methods)
 
 

@@ -1,10 +1,10 @@
 """Checkpoints that are whole or absent: written beside, synced, renamed into place, verified when read.
 
-    run/checkpoints/step-00002000/
-        model.safetensors   weights; the network's under their own names, methods' under "methods."; config in the metadata
-        ema.safetensors     the same for the average
-        state.safetensors   optimizer moments and running sums
-        manifest.json       step, and size and SHA-256 of each file
+run/checkpoints/step-00002000/
+    model.safetensors   weights; the network's under their own names, methods' under "methods."; config in the metadata
+    ema.safetensors     the same for the average
+    state.safetensors   optimizer moments and running sums
+    manifest.json       step, and size and SHA-256 of each file
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def save(run: Path, checkpoint: Checkpoint, config: Mapping[str, object], keep: 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        manifest = {"step": checkpoint.step, "files": {}}
+        files = {}
         for name in FILES:
             file = temporary / f"{name}.safetensors"
             tensors = {k: t.detach().cpu().contiguous() for k, t in getattr(checkpoint, name).items()}
             _write_safetensors(file, tensors, {"config": json.dumps(config), "step": str(checkpoint.step)})
-            manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        _write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        _write_text(temporary / "manifest.json", json.dumps({"step": checkpoint.step, "files": files}, indent=2))
         sync(temporary)
         if final.exists():
             shutil.rmtree(final)
@@ -70,7 +70,9 @@ def load_latest(run: Path, warn: Callable[[str], None], device: str = "cpu") -> 
         except InputError as error:
             warn(f"skipped {error}")
     if folders:
-        raise InputError(f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole; --fresh starts over")
+        raise InputError(
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole; --fresh starts over"
+        )
     return None
 
 

@@ -121,7 +121,7 @@ class TrainConfig:
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "digits": (
         "Real 8x8 handwritten digits, long-tailed 20:1. Minutes on a CPU, no download.",
-        TrainConfig(out="runs/digits", optim=OptimConfig(lr=3e-3), sampling=SamplingConfig(guidance_scale=1.5)),
+        TrainConfig(out="runs/digits", optim=OptimConfig(lr=3e-3), sampling=SamplingConfig(guidance_scale=2.0)),
     ),
     "cifar10-lt": (
         "CIFAR-10-LT, 100:1, DiT-S/2 on pixels. --data.path names the official archive.",

@@ -33,7 +33,7 @@ def say(console: Console, text: str) -> None:
 
 
 class Meter:
-    """Means of loss terms since the last row, summed on the device; its tensors are saved, so that resuming is exact."""
+    """Means of loss terms since the last row, summed on the device; saved, so that resuming is exact."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}

@@ -36,7 +36,7 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
     run = open_run(config, data, fresh)
     say(console, describe_split(data))
     images = data.train.to(device)
-    objective = build_objective(config, tuple(images.images.shape[1:]), images.num_classes).to(device).train()
+    objective = build_objective(config, images.shape, images.num_classes).to(device).train()
     sampling = config.sampling.resolved(objective.path)
     source = BatchSource(
         images=images,
@@ -62,18 +62,31 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
             if last or state.step % config.log_every == 0:
                 row = state.meter.read()
                 speed = {"images_per_second": round(report.images_per_second(state.step), 1)}
-                metrics.write({"step": state.step, "images": state.step * config.batch_size, **row, **{k: float(v) for k, v in facts.items()}, **speed})
+                metrics.write(
+                    {
+                        "step": state.step,
+                        "images": state.step * config.batch_size,
+                        **row,
+                        **{k: float(v) for k, v in facts.items()},
+                        **speed,
+                    }
+                )
                 report.row(state.step, row)
             if last or state.step % config.grid_every == 0:
                 draw_grid(state, images, sampling, run / "grids" / f"step-{state.step:08d}.png")
             if last or stop or state.step % config.checkpoint_every == 0:
                 state.save(run)
         if stop:
-            say(report.console, f"{stop[0]}: stopped and saved at step {state.step}; the same command goes on from there")
+            say(
+                report.console,
+                f"{stop[0]}: stopped and saved at step {state.step}; the same command goes on from there",
+            )
     return run
 
 
-def take_step(config: TrainConfig, state: TrainState, source: BatchSource, report: Reporter) -> dict[str, float | Tensor]:
+def take_step(
+    config: TrainConfig, state: TrainState, source: BatchSource, report: Reporter
+) -> dict[str, float | Tensor]:
     """One optimizer step, or none: where a loss or the gradient is not finite, no weight changes."""
     lr = learning_rate(
         (state.step + 1) * config.batch_size,

@@ -80,7 +80,9 @@ class Objective(nn.Module):
         assert first is not None
         gate = None
         if not all(branch.expert for branch in branches.values()):
-            gate = torch.tensor([float(b.expert) for b in branches.values()], device=batch.t.device).repeat_interleave(B)
+            gate = torch.tensor([float(b.expert) for b in branches.values()], device=batch.t.device).repeat_interleave(
+                B
+            )
         taps = sorted({tap for branch in branches.values() for tap in branch.taps})
         x_t, t = batch.x_t.repeat(K, *[1] * (batch.x_t.ndim - 1)), batch.t.repeat(K)
         out = self.net(x_t, t, first.cat(rest), gate, taps)
@@ -88,9 +90,7 @@ class Objective(nn.Module):
         preds = out.pred.chunk(K)
         return {s: Out(preds[i], {tap: f[i] for tap, f in feats.items()}) for i, s in enumerate(branches)}
 
-    def _compare(
-        self, batch: Batch, own: Tensor, pairs: Mapping[str, tuple[Pair, Tensor, float]]
-    ) -> dict[str, Tensor]:
+    def _compare(self, batch: Batch, own: Tensor, pairs: Mapping[str, tuple[Pair, Tensor, float]]) -> dict[str, Tensor]:
         """Base and pairs as one fused operation; means over samples."""
         others = [other for _, other, _ in pairs.values()]
         weight = scales = margin = None

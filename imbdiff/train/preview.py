@@ -27,7 +27,7 @@ def draw_grid(state: TrainState, train: ImageSet, config: SamplingConfig, file: 
         averaged.path,
         rank.repeat_interleave(COLUMNS).to(device),
         torch.arange(COLUMNS, device=device).repeat(len(rank)),
-        image_shape=tuple(train.images.shape[1:]),
+        image_shape=train.shape,
         null_label=train.num_classes,
         config=config,
     )

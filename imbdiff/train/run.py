@@ -1,10 +1,10 @@
 """The run directory: what it holds, when it may be used again, and how a trained network comes out of it.
 
-    config.json       the resolved configuration
-    split.json        the long-tailed split: SHA-256, counts, groups, class names, image shape
-    metrics.jsonl     one line each `log_every` steps
-    checkpoints/      see checkpoint.py
-    grids/            previews
+config.json       the resolved configuration
+split.json        the long-tailed split: SHA-256, counts, groups, class names, image shape
+metrics.jsonl     one line each `log_every` steps
+checkpoints/      see checkpoint.py
+grids/            previews
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def split_facts(data: TrainingData) -> dict[str, Any]:
         "counts": data.counts.tolist(),
         "class_names": list(data.pool.class_names),
         "groups": {name: list(classes) for name, classes in data.groups.items()},
-        "image_shape": list(data.pool.images.shape[1:]),
+        "image_shape": list(data.pool.shape),
     }
 
 
@@ -85,7 +85,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{file.parent} is no run directory: it has no {file.name} (imbdiff train makes one)") from error
+        raise InputError(
+            f"{file.parent} is no run directory: it has no {file.name} (imbdiff train makes one)"
+        ) from error
     except ValueError as error:
         raise InputError(f"{file} is damaged: {error}") from error
 

@@ -91,4 +91,4 @@ class ToyNet(nn.Module):
         h = F.silu(self.into(x_t.flatten(1)) + self.label(cond.ids) + t[:, None] / 1000)
         expert = self.up(self.down(h))
         expert = expert if gate is None else gate[:, None] * expert
-        return Out((self.out(h) + expert).view_as(x_t), {tap: h for tap in taps})
+        return Out((self.out(h) + expert).view_as(x_t), dict.fromkeys(taps, h))

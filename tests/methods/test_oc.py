@@ -51,9 +51,7 @@ def test_the_target_is_what_leads_from_x_t_to_the_other_image(make_batch):
         batch, path = make_batch(name, noise=0.5), make_path(name)
         x0 = OC(OCConfig(transfer="full")).x0_target(batch)
         target = path.retarget(path.target(batch.x0, batch.eps), batch.x0, x0, batch.signal, batch.sigma)
-        torch.testing.assert_close(
-            path.to_x0(target, batch.x_t, batch.signal, batch.sigma), x0, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(path.to_x0(target, batch.x_t, batch.signal, batch.sigma), x0, atol=1e-4, rtol=1e-4)
 
 
 def test_weight_is_a_switch():

@@ -1,4 +1,4 @@
-"""Golden values, laws and refusals of two_branch_loss. The oracle of its gradients is autograd of a loss with .detach()."""
+"""Golden values, laws and refusals of two_branch_loss. The oracle is autograd of losses written with .detach()."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, small_files):
 
 
 def test_training_stops_cleanly_on_a_full_disk_and_goes_on_later(tmp_path, monkeypatch):
-    """The first checkpoint is written, the second is not; the run says so; with space again it goes on from the first."""
+    """The first checkpoint is written, the second is not and the run says so; with space it goes on from the first."""
     config = TrainConfig(out=str(tmp_path / "run"), steps=4, batch_size=8, checkpoint_every=2)
     write = checkpoint.save_file
 

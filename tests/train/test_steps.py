@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from imbdiff.data import DataOrder, load_training_data
 from imbdiff.errors import InputError
 from imbdiff.train import loop, preview
+from imbdiff.train.batch import BatchSource
 from imbdiff.train.build import build_objective
 from imbdiff.train.config import OptimConfig, TrainConfig
 from imbdiff.train.loop import train
@@ -105,10 +108,7 @@ def test_previews_come_from_the_average_in_eval_mode(config, monkeypatch):
     run = load_run(train(config), print)
     assert not seen["training"]
     assert all(torch.equal(seen["state"][k], v) for k, v in run.objective.net.state_dict().items())
-    raw = torch.load  # the raw weights differ from the average, or this test says nothing
-    del raw
-    from safetensors.torch import load_file
-
+    # The raw weights differ from the average, or this test says nothing.
     weights = load_file(run.path / "checkpoints/step-00000006/model.safetensors")
     assert not torch.equal(weights["x_embedder.proj.weight"], seen["state"]["x_embedder.proj.weight"])
 
@@ -117,8 +117,6 @@ def test_bf16_keeps_weights_average_and_moments_in_float32(config, tmp_path):
     torch.manual_seed(0)
     config = replace(config, precision="bf16", methods=("cbdm", "oc"))
     run = train(config)
-    from safetensors.torch import load_file
-
     for name in ("model", "ema", "state"):
         tensors = load_file(run / f"checkpoints/step-00000006/{name}.safetensors")
         floats = {str(t.dtype) for t in tensors.values() if t.is_floating_point()}
@@ -154,9 +152,6 @@ def test_accumulation_gives_the_whole_batchs_gradient(config):
 
 
 def source_for(config, objective):
-    from imbdiff.data import DataOrder, load_training_data
-    from imbdiff.train.batch import BatchSource
-
     data = load_training_data(config.data)
     order = DataOrder(data.train.labels, data.counts, config.seed, 1.0)
     d = config.diffusion
@@ -167,20 +162,20 @@ def source_for(config, objective):
 
 @pytest.mark.parametrize("scope", ["sample", "batch"])
 def test_a_batch_is_a_function_of_its_numbers(config, scope):
-    from dataclasses import replace as change
-
-    c = replace(config, flip=True, diffusion=change(config.diffusion, drop_prob=0.5, drop_scope=scope, path="flow"))
+    c = replace(config, flip=True, diffusion=replace(config.diffusion, drop_prob=0.5, drop_scope=scope, path="flow"))
     objective = build_objective(c, (1, 8, 8), 10)
     source = source_for(c, objective)
     key = torch.arange(64) + 3 * 64
     whole, half = source.batch(3, key), source.batch(3, key[32:])
     for name in ("x0", "eps", "x_t", "t", "signal", "sigma", "noise", "dropped", "group", "key"):
         assert torch.equal(getattr(whole, name)[32:], getattr(half, name)), name
-    torch.testing.assert_close(whole.x_t, whole.signal.view(-1, 1, 1, 1) * whole.x0 + whole.sigma.view(-1, 1, 1, 1) * whole.eps)
+    torch.testing.assert_close(
+        whole.x_t, whole.signal.view(-1, 1, 1, 1) * whole.x0 + whole.sigma.view(-1, 1, 1, 1) * whole.eps
+    )
     shares = [float(source.batch(s, torch.arange(64) + 64 * s).dropped.float().mean()) for s in range(40)]
     if scope == "batch":
         assert set(shares) == {0.0, 1.0}
     else:
-        assert 0 < min(shares)
+        assert min(shares) > 0
         assert max(shares) < 1
     assert abs(sum(shares) / 40 - 0.5) < 0.25

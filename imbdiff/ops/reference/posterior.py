@@ -19,9 +19,7 @@ def log_posterior(x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_
     return logits if log_prior is None else logits + log_prior.to(acc)
 
 
-def posterior_mean(
-    x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor | None = None
-) -> Tensor:
+def posterior_mean(x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor | None = None) -> Tensor:
     weights = log_posterior(x_t, bank, signal, sigma, log_prior).softmax(1)
     return (weights @ bank.flatten(1).to(weights.dtype)).to(x_t.dtype).view(len(x_t), *bank.shape[1:])
 
