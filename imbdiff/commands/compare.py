@@ -49,5 +49,4 @@ def comparison(runs: list[Path]) -> str:
     for name, folder in (("copies of training images", "copies"), ("fresh real images", "fresh")):
         if (runs[0] / "report" / folder).is_dir():
             reports[name] = Report.load(runs[0] / "report" / folder)
-    groups = [name for name, row in next(iter(reports.values())).rows.items() if row.get("kind") == "group"]
-    return compare_table(reports, groups=groups)
+    return compare_table(reports, groups=next(iter(reports.values())).groups)

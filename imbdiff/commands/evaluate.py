@@ -79,16 +79,23 @@ def main(args: list[str]) -> int:
         raise InputError("evaluate takes a run directory, or --real and --fake; see imbdiff evaluate --help")
     console = Console()
     extractor = load_extractor(command.extractor, command.extractor_weights)
-    (evaluate_run if command.run else evaluate_folders)(command, extractor, console)
+    if command.run:
+        reports = evaluate_run(command, extractor, console)
+        folder = report_folder(command)
+        say(console, compare_table(reports, groups=next(iter(reports.values())).groups))
+    else:
+        folder = Path(command.out or "report")
+        say(console, evaluate_folders(command, extractor, folder).markdown())
+    say(console, f"report: {folder / 'report.md'}\nplot: {folder / 'ranks.png'}")
     return 0
 
 
 def evaluate_run(command: EvaluateCommand, extractor: Extractor, console: Console) -> dict[str, Report]:
-    """Reports of the run and its two yardsticks, by name; saved and printed as one table."""
+    """Reports of the run and its two yardsticks, by name, saved."""
     run = load_run(command.run, partial(say, console), pick_device(command.device))
     sets = run_sets(run, command)
     images, protocol = run_samples(run, command, console)
-    own = Path(command.out) if command.out else run.path / "report"
+    own = report_folder(command)
     measured: dict[str, tuple[Path, ImageSet, dict[str, Any]]] = {}
     if sets.fresh is not None:
         measured["fresh real images"] = (own / "fresh", sets.fresh, yardstick(protocol))
@@ -97,20 +104,17 @@ def evaluate_run(command: EvaluateCommand, extractor: Extractor, console: Consol
             copies(sets.train, command.per_class),
             yardstick(protocol),
         )
-    measured[run_name(run)] = (own, images, protocol)
+    measured[run.path.name] = (own, images, protocol)
     reports: dict[str, Report] = {}
     for name, (folder, fake, facts) in measured.items():
         # The fresh images come first: they are few, and every other row is measured at their number.
         reports[name] = measure(fake, sets, run, extractor, command.k, facts, reports.get("fresh real images"), console)
         reports[name].save(folder)
-    reports = dict(reversed(reports.items()))
-    say(console, compare_table(reports, groups=list(run.facts["groups"])))
-    say(console, f"report: {own / 'report.md'}\nplot: {own / 'ranks.png'}")
-    return reports
+    return dict(reversed(reports.items()))
 
 
-def run_name(run: TrainedRun) -> str:
-    return run.path.name
+def report_folder(command: EvaluateCommand) -> Path:
+    return Path(command.out or Path(command.run) / "report")
 
 
 def run_sets(run: TrainedRun, command: EvaluateCommand) -> ComparisonSets:
@@ -158,8 +162,9 @@ def measure(
     like: Report | None,
     console: Console,
 ) -> Report:
+    say(console, f"measuring {len(fake)} images of {fake.name} against {len(sets.reference)} real ones")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"measuring {fake.name}")
+        task = bar.add_task("features")
         return evaluate(
             fake,
             sets.reference,
@@ -175,7 +180,8 @@ def measure(
         )
 
 
-def evaluate_folders(command: EvaluateCommand, extractor: Extractor, console: Console) -> Report:
+def evaluate_folders(command: EvaluateCommand, extractor: Extractor, folder: Path) -> Report:
+    """The report of a folder of images against another, saved."""
     if not (command.real and command.fake):
         raise InputError("without a run, both --real DIR and --fake DIR are needed")
     real, fake = load_pair(command.real, command.fake, command.labels)
@@ -184,8 +190,5 @@ def evaluate_folders(command: EvaluateCommand, extractor: Extractor, console: Co
     groups = class_groups(counts, "thirds")
     protocol = {"fake": command.fake, "groups": "thirds of the classes by number of real images"}
     report = evaluate(fake, real, extractor, groups=groups, rank=rank, k=command.k, protocol=protocol)
-    folder = Path(command.out or "report")
     report.save(folder)
-    say(console, report.markdown())
-    say(console, f"report: {folder / 'report.md'}\nplot: {folder / 'ranks.png'}")
     return report

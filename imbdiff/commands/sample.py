@@ -75,6 +75,7 @@ def draw(run: TrainedRun, command: SampleCommand, console: Console) -> tuple[Ima
     config = sampling_config(run, command)
     device = next(run.objective.parameters()).device
     labels = torch.arange(run.num_classes, device=device).repeat(command.per_class)
+    say(console, f"{run.path}: drawing {len(labels)} images ({config.sampler}, {config.steps} steps)")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"sampling {run.path}", total=len(labels))
         images = generate(

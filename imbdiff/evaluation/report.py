@@ -46,6 +46,11 @@ class Report:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def groups(self) -> list[str]:
+        """Names of the group rows, head first."""
+        return [name for name, row in self.rows.items() if row.get("kind") == "group"]
+
     def save(self, directory: str | Path) -> None:
         """Write report.json, report.md and ranks.png, each whole or not at all."""
         folder = Path(directory)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from imbdiff.train import checkpoint
 from imbdiff.train.batch import BatchSource
 from imbdiff.train.build import build_objective, pick_device
 from imbdiff.train.config import TrainConfig
+from imbdiff.train.guards import disk_errors, stop_requests
 from imbdiff.train.log import Metrics, Reporter, describe_split, say
 from imbdiff.train.preview import draw_grid
 from imbdiff.train.run import open_run
@@ -54,7 +52,11 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
         say(console, f"{run}: going on from step {state.step}")
     metrics = Metrics(run / "metrics.jsonl", state.step)
     name = "+".join(config.methods)
-    with Reporter(name, state.step, config.steps, config.batch_size, console) as report, _stop_requests() as stop:
+    with (
+        Reporter(name, state.step, config.steps, config.batch_size, console) as report,
+        stop_requests() as stop,
+        disk_errors(run),
+    ):
         while state.step < config.steps and not stop:
             facts = take_step(config, state, source, report)
             report.advance(state.step)
@@ -136,16 +138,3 @@ def refuse(state: TrainState, losses: dict[str, Tensor], norm: Tensor, report: R
             f"{state.bad} steps in a row were not finite (step {state.step}: {cause}); stopped. The newest checkpoint "
             "is from before; try a smaller --optim.lr or --precision fp32."
         )
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that fills when Ctrl-C or the system asks to stop, so that the step at hand ends and is saved."""
-    asked: list[str] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    old = [signal.signal(s, lambda number, _: asked.append(signal.Signals(number).name)) for s in signals]
-    try:
-        yield asked
-    finally:
-        for s, handler in zip(signals, old, strict=True):
-            signal.signal(s, handler)

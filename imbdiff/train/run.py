@@ -35,8 +35,7 @@ def open_run(config: TrainConfig, data: TrainingData, fresh: bool) -> Path:
     mine = without_place(to_dict(config))
     facts = split_facts(data)
     try:
-        if fresh:
-            clear(run)
+        cleared = fresh and clear(run)
         run.mkdir(parents=True, exist_ok=True)
         if (run / "config.json").exists():
             for file, new in (("config.json", mine), ("split.json", facts)):
@@ -46,8 +45,8 @@ def open_run(config: TrainConfig, data: TrainingData, fresh: bool) -> Path:
                         f"{run} holds a run with other settings ({file}):\n  " + "\n  ".join(lines) + "\n"
                         "Use another --out, the old settings, or --fresh to delete that run and start over."
                     )
-        elif any(run.iterdir()):
-            raise InputError(f"{run} is not empty and holds no run; choose another --out")
+        elif not cleared and (foreign := [p.name for p in run.iterdir() if p.name not in OWNED]):
+            raise InputError(f"{run} holds no run but {', '.join(foreign[:3])}; choose another --out")
         else:
             write_text(run / "split.json", json.dumps(facts, indent=2))
             write_text(run / "config.json", json.dumps(to_dict(config), indent=2))
@@ -56,13 +55,14 @@ def open_run(config: TrainConfig, data: TrainingData, fresh: bool) -> Path:
     return run
 
 
-def clear(run: Path) -> None:
-    """Delete what a run made, and only in a directory that holds a run."""
+def clear(run: Path) -> bool:
+    """Delete what a run made, and only in a directory that holds a run; whether it does."""
     if not (run / "config.json").exists():
-        return
+        return False
     for name in OWNED:
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return True
 
 
 def split_facts(data: TrainingData) -> dict[str, Any]:

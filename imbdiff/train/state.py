@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imbdiff.errors import InputError
 from imbdiff.train import checkpoint
 from imbdiff.train.config import TrainConfig, to_dict
 from imbdiff.train.ema import EMA
@@ -44,13 +43,7 @@ class TrainState:
             ema=checkpoint.file_names(self.ema.tensors),
             state=state,
         )
-        try:
-            checkpoint.save(run, found, to_dict(self.config), self.config.keep)
-        except OSError as error:
-            raise InputError(
-                f"could not write the checkpoint of step {self.step}: {error}. Earlier checkpoints in "
-                f"{run / 'checkpoints'} are untouched; mend the cause and run the same command to go on from there."
-            ) from error
+        checkpoint.save(run, found, to_dict(self.config), self.config.keep)
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         self.objective.load_state_dict(checkpoint.objective_names(found.model))

@@ -97,12 +97,21 @@ def test_training_stops_cleanly_on_a_full_disk_and_goes_on_later(tmp_path, monke
         write(tensors, file, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(InputError, match="could not write the checkpoint of step 4.*No space left.*the same command"):
+    with pytest.raises(InputError, match="could not write to .*run: .*No space left.*the same command"):
         train(config)
     assert names(tmp_path / "run") == ["step-00000002"]
     monkeypatch.undo()
     train(config)
     assert names(tmp_path / "run") == ["step-00000002", "step-00000004"]
+
+
+def test_no_permission_stops_cleanly_too(tmp_path):
+    """A file in the place of the folder: nobody may write there, not even an administrator."""
+    for place in ("checkpoints", "grids"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / place).write_text("")
+        with pytest.raises(InputError, match=f"could not write to .*{place}"):
+            train(TrainConfig(out=str(tmp_path / place), steps=2, batch_size=8))
 
 
 def test_names_in_files_are_the_networks_own():

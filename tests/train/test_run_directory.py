@@ -55,7 +55,7 @@ def test_a_directory_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("...")
     for fresh in (False, True):
-        with pytest.raises(InputError, match="not empty and holds no run"):
+        with pytest.raises(InputError, match="holds no run but thesis.tex; choose another --out"):
             train(config, fresh=fresh)
     assert (tmp_path / "run" / "thesis.tex").exists()
 
