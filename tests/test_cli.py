@@ -81,6 +81,8 @@ def test_mistakes(capsys, tmp_path, monkeypatch, args, text):
     out, err = run(capsys, *args, status=2)
     assert text in " ".join((out + err).replace("│", " ").split())
     assert "Traceback" not in err
+    # Settings that can't work leave nothing behind that the mended command would stumble over.
+    assert not (tmp_path / "runs").exists()
 
 
 def test_print_config_trains_nothing(capsys, tmp_path, monkeypatch):

@@ -31,11 +31,12 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
     console = console or Console()
     device = pick_device(config.device)
     data = load_training_data(config.data)
-    run = open_run(config, data, fresh)
-    say(console, describe_split(data))
     images = data.train.to(device)
     objective = build_objective(config, images.shape, images.num_classes).to(device).train()
     sampling = config.sampling.resolved(objective.path)
+    # Only settings that work get a run directory.
+    run = open_run(config, data, fresh)
+    say(console, describe_split(data))
     source = BatchSource(
         images=images,
         order=DataOrder(images.labels, data.counts, config.seed, config.data.prior_exponent),
@@ -63,16 +64,8 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
             last = state.step == config.steps
             if last or state.step % config.log_every == 0:
                 row = state.meter.read()
-                speed = {"images_per_second": round(report.images_per_second(state.step), 1)}
-                metrics.write(
-                    {
-                        "step": state.step,
-                        "images": state.step * config.batch_size,
-                        **row,
-                        **{k: float(v) for k, v in facts.items()},
-                        **speed,
-                    }
-                )
+                facts["images_per_second"] = round(report.images_per_second(state.step), 1)
+                metrics.write({"step": state.step, "images": state.step * config.batch_size, **row, **facts})
                 report.row(state.step, row)
             if last or state.step % config.grid_every == 0:
                 draw_grid(state, images, sampling, run / "grids" / f"step-{state.step:08d}.png")
@@ -86,9 +79,7 @@ def train(config: TrainConfig, *, fresh: bool = False, console: Console | None =
     return run
 
 
-def take_step(
-    config: TrainConfig, state: TrainState, source: BatchSource, report: Reporter
-) -> dict[str, float | Tensor]:
+def take_step(config: TrainConfig, state: TrainState, source: BatchSource, report: Reporter) -> dict[str, float]:
     """One optimizer step, or none: where a loss or the gradient is not finite, no weight changes."""
     lr = learning_rate(
         (state.step + 1) * config.batch_size,
@@ -110,7 +101,7 @@ def take_step(
     else:
         refuse(state, losses, norm, report)
     state.optimizer.zero_grad(set_to_none=True)
-    return {"lr": lr, "grad_norm": norm}
+    return {"lr": lr, "grad_norm": float(norm)}
 
 
 def backward(config: TrainConfig, state: TrainState, source: BatchSource) -> dict[str, Tensor]:
