@@ -5,6 +5,7 @@ Order: type, device, rank, shape, dtype, values. Message: operation, argument, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,3 +62,9 @@ def constant(op: str, name: str, value: Tensor) -> Tensor:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Sums and statistics: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, ...] as [B, D] whose rows are dense; a view wherever the layout allows: a channel slice is not copied."""
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from imbdiff.ops import _check
+from imbdiff.ops import _backends, _check
+from imbdiff.ops._op import Op, overload, register, wanted
 from imbdiff.ops.reference import two_branch as reference
 
 _OP = "two_branch_loss"
@@ -71,4 +73,60 @@ def two_branch_loss(
     for k, m in enumerate(margins):
         if m is not None and not (math.isfinite(m) and m > 0):
             raise ValueError(f"{_OP}: margin[{k}] must be a positive finite number or None (pull), got {m!r}")
-    return reference.two_branch_loss(own, target, others, weight, scales, margins)
+    acc = _check.accumulator(own.dtype)
+    rows = [_check.rows(x) for x in (own, target, *others)]
+    small = (
+        weight.to(acc).contiguous(),
+        scales.to(acc).contiguous(),
+        weight.new_tensor([m or 0 for m in margins], dtype=acc),
+    )
+    call = overload(f"two_branch_{_backends.choose('two_branch', own, K)}")
+    base, terms, _ = call(rows[0], rows[1], rows[2:], *small)
+    return base, terms
+
+
+def _fake(
+    own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor, scales: Tensor, margin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc, B, K = _check.accumulator(own.dtype), own.shape[0], len(others)
+    return own.new_empty(B, dtype=acc), own.new_empty(K, B, dtype=acc), own.new_empty(K, B, dtype=acc)
+
+
+def _fake_bwd(
+    grad_base: Tensor,
+    grad_terms: Tensor,
+    own: Tensor,
+    target: Tensor,
+    others: Sequence[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+    margin: Tensor,
+    distance: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    grads = [own.new_empty(own.shape if need else (0,)) for need in needs]
+    return grads[0], grads[1:]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    own, target, others, weight, scales, margin = inputs
+    ctx.needs = [own.requires_grad, *(other.requires_grad for other in others)]
+    ctx.save_for_backward(own, target, weight, scales, margin, output[2], *others)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(
+    ctx: Any, call: Callable[..., Any], grad_base: Tensor | None, grad_terms: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    own, target, weight, scales, margin, distance, *others = ctx.saved_tensors
+    # What was not used downstream has no gradient; what is a mean has an expanded one.
+    base = distance.new_zeros(own.shape[0]) if grad_base is None else grad_base.contiguous()
+    terms = distance.new_zeros(distance.shape) if grad_terms is None else grad_terms.contiguous()
+    grad_own, grads = call(base, terms, own, target, others, weight, scales, margin, distance, ctx.needs)
+    first, *rest = wanted([grad_own, *grads])
+    return first, None, rest, None, None, None
+
+
+register(
+    Op("two_branch", reference.two_branch, reference.two_branch_bwd, _fake, _fake_bwd, setup=_setup, backward=_backward)
+)

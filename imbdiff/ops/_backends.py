@@ -1,0 +1,133 @@
+"""What each back end can do, which one a call takes, and why the others were refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imbdiff.ops._op import BACKENDS, overload
+from imbdiff.ops._schema import SCHEMA_HASH
+
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One line of the table: an operation on a back end. Dispatch, messages and test cases come from it."""
+
+    device: str
+    """Device type, or "any"."""
+    dtypes: tuple[torch.dtype, ...]
+    most_others: int | None = None
+    """Largest K of two_branch; None: any."""
+
+
+CAPABILITIES: dict[str, dict[str, Capability]] = {
+    "two_branch": {
+        "reference": Capability("any", (*_LOW, torch.float64)),
+        "cpu": Capability("cpu", (*_LOW, torch.float64)),
+        "triton": Capability("cuda", _LOW, most_others=4),
+        "cuda": Capability("cuda", _LOW, most_others=4),
+    },
+    "negative_distance": {
+        "reference": Capability("any", (*_LOW, torch.float64)),
+    },
+}
+
+PREFERRED: dict[str, tuple[str, ...]] = {
+    "two_branch": ("cpu", "reference"),
+    "negative_distance": ("cpu", "reference"),
+}
+"""What `auto` tries in turn; a back end enters when a committed measurement says that it is the faster one."""
+
+
+@dataclass
+class _State:
+    forced: str | None = None
+
+
+_STATE = _State()
+PROBLEMS: dict[str, str] = {}
+"""Back ends that are not available here, with the reason; filled by `load` when `imbdiff.ops` is imported."""
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Force a back end in this block: "reference", "cpu", "triton", "cuda"; "auto" is the default.
+
+    A call that the named back end cannot serve is an error that says why; there is no silent fallback.
+    """
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"ops.use: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    old, _STATE.forced = _STATE.forced, None if backend == "auto" else backend
+    try:
+        yield
+    finally:
+        _STATE.forced = old
+
+
+def choose(op: str, rows: Tensor, others: int = 0) -> str:
+    """The back end for this call, by the table; raises with every back end's reason where none can."""
+    if _STATE.forced is not None:
+        if refusal(op, _STATE.forced, rows, others):
+            raise ValueError(f"{op}: the forced back end cannot run this call. {_reasons(op, rows, others)}")
+        return _STATE.forced
+    for backend in PREFERRED[op]:
+        if not refusal(op, backend, rows, others):
+            return backend
+    raise ValueError(f"{op}: no back end can run this call. {_reasons(op, rows, others)}")
+
+
+def refusal(op: str, backend: str, rows: Tensor, others: int = 0) -> str | None:
+    """Why `backend` cannot run this call, or None."""
+    can = CAPABILITIES[op].get(backend)
+    if can is None:
+        return "not implemented"
+    if can.device not in ("any", rows.device.type):
+        return f"needs {can.device} tensors, got {rows.device.type}"
+    if rows.dtype not in can.dtypes:
+        return f"does not take {rows.dtype}"
+    if can.most_others is not None and others > can.most_others:
+        return f"takes at most {can.most_others} others, got {others}"
+    return PROBLEMS.get(backend)
+
+
+def _reasons(op: str, rows: Tensor, others: int) -> str:
+    return "; ".join(f"{b}: {refusal(op, b, rows, others) or 'can'}" for b in BACKENDS)
+
+
+def load() -> None:
+    """Load the compiled libraries that fit this torch, and note why the others are not there."""
+    found = {"cpu": _load("_C.so", "cpu"), "cuda": _load("_C_cuda.so", "cuda"), "triton": _find_triton()}
+    PROBLEMS.update({backend: reason for backend, reason in found.items() if reason})
+
+
+def _load(file: str, backend: str) -> str | None:
+    path = Path(__file__).parents[1] / file
+    if not path.exists():
+        return f"{file} was not built; reinstall with a compiler present: pip install --no-build-isolation ."
+    if backend == "cuda" and torch.version.cuda is None:
+        return f"{file} is built, but this torch is a CPU build"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{file} does not load: {error}"
+    if (built := overload(f"schema_hash_{backend}")()) != int(SCHEMA_HASH, 16):
+        raise ImportError(
+            f"{path} was built from other schemas ({built:x}, this source has {SCHEMA_HASH}); build it again: "
+            "pip install --no-build-isolation ."
+        )
+    return None
+
+
+def _find_triton() -> str | None:
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return None if torch.cuda.is_available() else "torch sees no GPU"

@@ -1,0 +1,201 @@
+"""Walks the registry and the capability table: what is declared there is tested here, on the back ends at hand."""
+
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from imbdiff.ops import _backends
+from imbdiff.ops._op import REGISTRY, overload
+
+from .cases import CASES
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def at_hand(op: str) -> list[str]:
+    """Back ends that can run on the CPU here."""
+    rows = torch.zeros(1, 1)
+    return [b for b in _backends.CAPABILITIES[op] if not _backends.refusal(op, b, rows)]
+
+
+RUNS = [
+    pytest.param(case, backend, dtype, id=f"{case.op}-{case.label}-{backend}-{str(dtype)[6:]}")
+    for case in CASES
+    for backend in at_hand(case.op)
+    for dtype in DTYPES
+    if dtype in _backends.CAPABILITIES[case.op][backend].dtypes
+]
+
+
+def gradients(case, backend, args, grads):
+    args, fresh = case.leaves(args)
+    out = overload(f"{case.op}_{backend}")(*args)[: case.outputs]
+    used = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
+    loss = sum((o * g.to(o)).sum() for o, g in used)
+    got = torch.autograd.grad(loss, fresh) if used and fresh[0].numel() else [torch.zeros_like(x) for x in fresh]
+    return [o.detach() for o in out], list(got)
+
+
+def double(value):
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return [double(v) for v in value] if isinstance(value, list) else value
+
+
+def error_ratio_holds(got, plain, exact, factor):
+    """err(kernel) <= factor * (err(plain torch in this dtype) + eps * max|exact|), and finite."""
+    if not exact.numel():
+        return got.shape == exact.shape
+    eps = torch.finfo(got.dtype).eps
+    bound = factor * (float((plain.double() - exact).abs().max()) + eps * float(exact.abs().max()))
+    return bool(got.isfinite().all()) and float((got.double() - exact).abs().max()) <= bound
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), RUNS)
+def test_values_and_gradients(case, backend, dtype):
+    args = case.make(dtype)
+    shapes = overload(f"{case.op}_reference")(*args)[: case.outputs]
+    grads = [torch.randn_like(o) for o in shapes]
+    exact = gradients(case, "reference", tuple(double(a) for a in args), [g.double() for g in grads])
+    plain = gradients(case, "reference", args, grads)
+    got = gradients(case, backend, args, grads)
+    for part, factor in ((0, 2), (1, 3)):
+        for g, p, e in zip(got[part], plain[part], exact[part], strict=True):
+            assert g.dtype == p.dtype
+            assert g.shape == e.shape
+            assert error_ratio_holds(g, p, e, factor)
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), [r for r in RUNS if "float32" in r.id])
+def test_outputs_are_new_and_laid_out_as_the_fake_says(case, backend, dtype):
+    args = case.make(dtype)
+    out = overload(f"{case.op}_{backend}")(*args)
+    fake = REGISTRY[case.op].fake(*args)
+    for o, f in zip(out, fake, strict=True):
+        assert (o.shape, o.dtype, o.stride()) == (f.shape, f.dtype, f.stride())
+        assert o.is_contiguous()
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), [r for r in RUNS if "float32" in r.id])
+def test_opcheck(case, backend, dtype):
+    args, _ = case.leaves(case.make(dtype))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if not args[0].numel():
+        tests = tests[:3]
+    torch.library.opcheck(overload(f"{case.op}_{backend}"), args, test_utils=tests)
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), [r for r in RUNS if "float32" in r.id])
+def test_every_subset_of_requires_grad(case, backend, dtype):
+    args = case.make(dtype)
+    shapes = overload(f"{case.op}_reference")(*args)[: case.outputs]
+    everything = gradients(case, backend, args, [torch.ones_like(o) for o in shapes])
+    n = len(case.leaves(args)[1])
+    if not args[0].numel():
+        pytest.skip("an empty batch has no gradient to compare")
+    for needs in itertools.product([False, True], repeat=n):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            some, fresh = case.leaves(args)
+            for x, need in zip(fresh, needs, strict=True):
+                x.requires_grad_(need)
+            out = overload(f"{case.op}_{backend}")(*some)[: case.outputs]
+            assert any(o.requires_grad for o in out) == any(needs)
+            if any(needs):
+                sum(o.sum() for o in out).backward()
+        for x, need, want in zip(fresh, needs, everything[1], strict=True):
+            assert (x.grad is not None) == need
+            if need:
+                assert torch.equal(x.grad, want)
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_a_second_derivative_is_refused_by_name(op):
+    case = next(c for c in CASES if c.op == op)
+    for backend in at_hand(op):
+        args, fresh = case.leaves(case.make(torch.float32))
+        out = overload(f"{op}_{backend}")(*args)[0]
+        (g,) = torch.autograd.grad(out.sum(), fresh[:1], create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{op} has no second derivative.*imbdiff.ops.reference"):
+            g.sum().backward()
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_deterministic_over_repeats_and_threads(op):
+    case = max((c for c in CASES if c.op == op), key=lambda c: c.make(torch.float32)[0].numel())
+    args = case.make(torch.float32)
+    for backend in [b for b in at_hand(op) if b != "reference"]:
+        grads = [torch.ones_like(o) for o in overload(f"{op}_reference")(*args)[: case.outputs]]
+        first = gradients(case, backend, args, grads)
+        try:
+            for repeat in range(20):
+                torch.set_num_threads(1 + repeat % 2)
+                again = gradients(case, backend, args, grads)
+                for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]], strict=True):
+                    assert torch.equal(a, b)
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """The same values and gradients under each: this file again, with the choice forced."""
+    if "cpu" not in at_hand("two_branch"):
+        pytest.skip("the compiled CPU library is not built")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "test_values_and_gradients and cpu"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_forcing_a_back_end(monkeypatch):
+    from imbdiff import ops
+
+    x = torch.randn(2, 3)
+    with ops.use("reference"):
+        ops.two_branch_loss(x, x)
+    with (
+        ops.use("triton"),
+        pytest.raises(ValueError, match="forced back end cannot.*triton: needs cuda tensors, got cpu"),
+    ):
+        ops.two_branch_loss(x, x)
+    with (
+        pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton, cuda, got 'fast'"),
+        ops.use("fast"),
+    ):
+        pass
+    monkeypatch.setitem(_backends.PROBLEMS, "cpu", "gone")
+    with ops.use("cpu"), pytest.raises(ValueError, match="cpu: gone"):
+        ops.two_branch_loss(x, x)
+    ops.two_branch_loss(x, x)  # auto falls back to the reference
+
+
+def test_compiles_once_over_steps():
+    from imbdiff import ops
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(own, target, other, weight, scales):
+        base, terms = ops.two_branch_loss(own, target, [other], weight, scales, margin=[0.5])
+        return base.mean() + terms.mean(1).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for _ in range(10):
+        args = [torch.randn(4, 2, 3, 3, requires_grad=i != 1) for i in range(3)] + [torch.rand(1, 4), torch.rand(1, 3)]
+        got = torch.autograd.grad(compiled(*args), [args[0], args[2]])
+        want = torch.autograd.grad(loss(*args), [args[0], args[2]])
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
