@@ -24,8 +24,10 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'installing torch and imbdiff into .venv: a minute or two'
 	grep -v '^triton' constraints.txt > $@
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c $@ torch numpy
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c $@ torch numpy 'setuptools>=77' ninja
+	$(BIN)/python -c 'import triton' 2>/dev/null || cp constraints.txt $@
 
-.venv/%: .venv/constraints.txt pyproject.toml
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c $< -e '.[$*]'
+# Without build isolation, so that the compiled operations are built against the torch that is there.
+.venv/%: .venv/constraints.txt pyproject.toml setup.py imbdiff/ops/_schema.py $(wildcard csrc/*/*)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c $< --no-build-isolation -e '.[$*]'
 	touch $@

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imbdiff import __version__
+from imbdiff.ops._schema import SCHEMA_HASH
 from imbdiff.train.log import say
 
 EXTRAS = {
@@ -48,6 +49,7 @@ def main(args: list[str]) -> int:
         say(console, f"  {name:12} {version(name) or 'missing'}")
     say(console, describe_gpu())
     say(console, f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    show_backends(console)
     table = Table("extra", "packages", "for", "add with", box=None, header_style="bold")
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
@@ -55,6 +57,16 @@ def main(args: list[str]) -> int:
         table.add_row(extra, state, USED_FOR[extra], f"pip install 'imbdiff\\[{extra}]'" if missing else "present")
     console.print(table)
     return 0
+
+
+def show_backends(console: Console) -> None:
+    """Which back ends the operations can take here, and why not the others."""
+    from imbdiff.ops import _backends
+    from imbdiff.ops._op import BACKENDS, REGISTRY
+
+    say(console, f"operations: {', '.join(REGISTRY)}; schemas {SCHEMA_HASH}")
+    for backend in BACKENDS:
+        say(console, f"  {backend:12} {_backends.PROBLEMS.get(backend, 'ready')}")
 
 
 def version(package: str) -> str | None:

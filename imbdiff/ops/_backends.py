@@ -36,6 +36,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     },
     "negative_distance": {
         "reference": Capability("any", (*_LOW, torch.float64)),
+        "cpu": Capability("cpu", (*_LOW, torch.float64)),
     },
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Op:
     reference_bwd: Callable[..., Any]
     """Plain torch, usually `torch.func.vjp` of the reference."""
     fake: Callable[..., tuple[Tensor, ...]]
-    """Outputs as an implementation allocates them: new and contiguous."""
+    """(back end, ...) -> outputs as that back end allocates them: new and contiguous."""
     fake_bwd: Callable[..., Any]
     setup: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
     """Saves what the derivative needs."""
@@ -57,7 +58,7 @@ def register(op: Op) -> Op:
         elif backend == "triton":
             _LIBRARY.impl(forward, _launcher(op.name, op.name), "CUDA")
             _LIBRARY.impl(backward, _launcher(op.name, f"{op.name}_bwd"), "CUDA")
-        torch.library.register_fake(f"imbdiff::{forward}", op.fake)
+        torch.library.register_fake(f"imbdiff::{forward}", partial(op.fake, backend))
         torch.library.register_fake(f"imbdiff::{backward}", op.fake_bwd)
         torch.library.register_autograd(
             f"imbdiff::{forward}", _derivative(op, backward), setup_context=_setup(op.setup), lib=_LIBRARY

@@ -77,10 +77,17 @@ def negative_distance_loss(
 
 
 def _fake(
-    x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool
+    backend: str, x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc = _check.accumulator(x.dtype)
-    return x.new_empty((), dtype=acc), x.new_empty(x.shape[0], dtype=acc), x.new_empty(0, dtype=acc)
+    acc, N, M = _check.accumulator(x.dtype), x.shape[0], negatives.shape[0]
+    keeps = _keeps_distances(backend, N, M, x.shape[1]) and int(not include_self) < N + M
+    saved = x.new_empty((N, N + M) if keeps else 0, dtype=acc)
+    return x.new_empty((), dtype=acc), x.new_empty(N, dtype=acc), saved
+
+
+def _keeps_distances(backend: str, N: int, M: int, D: int) -> bool:
+    """Whether the back end's split-K plan runs, which keeps the N x (N + M) distances for the backward."""
+    return backend in ("cpu", "cuda") and 0 < N <= 1024 and N + M <= 4096 and D >= 1024
 
 
 def _fake_bwd(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:

@@ -86,7 +86,13 @@ def two_branch_loss(
 
 
 def _fake(
-    own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor, scales: Tensor, margin: Tensor
+    backend: str,
+    own: Tensor,
+    target: Tensor,
+    others: Sequence[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+    margin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, B, K = _check.accumulator(own.dtype), own.shape[0], len(others)
     return own.new_empty(B, dtype=acc), own.new_empty(K, B, dtype=acc), own.new_empty(K, B, dtype=acc)

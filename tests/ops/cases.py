@@ -1,5 +1,6 @@
 """For each operation: random arguments, and a float64 loss that its gradients are compared with."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ class Case:
     """The arguments with fresh leaves in place of the differentiable rows, layout kept; and those leaves."""
     outputs: int
     """How many leading outputs are differentiable."""
+    condition: Callable[[tuple[Any, ...]], float]
+    """Relative size of what cancels on the way to the result: it loses eps times this."""
+    rounds_rows: bool = False
+    """Whether centred rows are rounded to their own type before they are multiplied, as torch's own product does."""
 
 
 def _two_branch(B: int, D: int, K: int, margins: list[float], layout: str) -> Callable[[torch.dtype], tuple[Any, ...]]:
@@ -72,6 +77,15 @@ def _contrast_leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tenso
     return (x, *args[1:]), [x]
 
 
+def _contrast_condition(args: tuple[Any, ...]) -> float:
+    """Distances come from norms and products of centred rows, the loss from logarithms of N (N + M) terms."""
+    x, negatives, _, scale, *_ = args
+    if not x.numel():
+        return 0.0
+    rows = torch.cat([x, negatives]).double()
+    return 4 * scale * float((rows - x.double().mean(0)).square().sum(1).max()) + math.log(len(x) * len(rows))
+
+
 MIXED = [0.0, 1.5, 3.0, 0.01, 2.0]
 CASES = [
     Case(
@@ -80,6 +94,7 @@ CASES = [
         _two_branch(B, D, K, MIXED, layout),
         _two_branch_leaves,
         outputs=2,
+        condition=lambda args: 4.0,  # margin - d cancels, and sums of D terms differ in their order
     )
     for B, D, K, layout in [
         (3, 7, 0, "dense"),
@@ -99,6 +114,8 @@ CASES += [
         _contrast(N, D, M, own, rows, w, layout, offset),
         _contrast_leaves,
         outputs=1,
+        condition=_contrast_condition,
+        rounds_rows=True,
     )
     for N, D, M, own, rows, w, layout, offset in [
         (4, 5, 0, True, False, False, "dense", 0.0),

@@ -1,0 +1,87 @@
+// Runs CUDA kernels on the CPU, for tests: the CUDA threads of a block are threads of the CPU, blocks come one after another.
+// Barriers and shuffles are real, so ThreadSanitizer sees a missing __syncthreads. `omitted` leaves out one of them, by its
+// number in the source, to prove that.
+#pragma once
+
+#include <pthread.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __syncthreads() ((void)(__COUNTER__ == emulate::omitted || (emulate::block->wait(), true)))
+
+namespace emulate {
+struct Barrier {
+  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier, nullptr, count); }
+  ~Barrier() { pthread_barrier_destroy(&barrier); }
+  void wait() { pthread_barrier_wait(&barrier); }
+  pthread_barrier_t barrier;
+};
+struct Warp {
+  Barrier barrier{32};
+  float lanes[2][32];  // two sets in turn: nobody writes one that another lane may still read
+};
+struct Index { unsigned x; };
+inline int omitted = -1;
+inline Barrier* block;
+inline thread_local Warp* warp;
+inline thread_local int turn;
+}  // namespace emulate
+
+inline emulate::Index blockDim, gridDim;
+inline thread_local emulate::Index threadIdx, blockIdx;
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  const unsigned lane = threadIdx.x % 32;
+  float* lanes = emulate::warp->lanes[emulate::turn ^= 1];
+  lanes[lane] = value;
+  emulate::warp->barrier.wait();
+  return lanes[lane ^ mask];
+}
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { _Float16 value; };
+inline float __half2float(__half h) { return h.value; }
+inline __half __float2half_rn(float f) { return {static_cast<_Float16>(f)}; }
+inline float __bfloat162float(__nv_bfloat16 b) {
+  const uint32_t bits = uint32_t(b.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return {static_cast<uint16_t>(f != f ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+using cudaStream_t = void*;
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t, A... args) {
+  emulate::Barrier all(threads);
+  emulate::block = &all;
+  blockDim.x = threads, gridDim.x = blocks;
+  const auto warps = std::make_unique<emulate::Warp[]>(threads / 32);
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t)
+    pool.emplace_back([&, t] {
+      threadIdx.x = t, emulate::warp = &warps[t / 32];
+      for (int64_t b = 0; b < blocks; ++b) {
+        blockIdx.x = b;
+        kernel(args...);
+        all.wait();
+      }
+    });
+  for (std::thread& thread : pool) thread.join();
+}

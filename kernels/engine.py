@@ -1,0 +1,223 @@
+"""The pairwise engine, streaming plan: scores of rows against rows, tile by tile, nothing N x N is ever stored.
+
+    forward   state_i = UPDATE over tiles of s_ij = SCORE(q_i . k_j, ...),  output_i = FINISH(state_i)
+    backward  grad_i  = factor * sum_j W_ij (x_i - x_j),  W = WEIGHT(s, ...) recomputed tile by tile
+
+The rows i are x [N, D]; the partners j are the rows of x and then those of a second bank [M, D]. SCORE, START, UPDATE,
+FINISH and WEIGHT are a family's @triton.jit functions; the state and the per-row vectors are tuples. A vector has N + M
+entries and is read at i for the rows of a tile and at j for its columns.
+
+Numerics. The column mean of x is subtracted on load, then values are rounded to the rows' dtype once; products and
+norms see the same rounded values. float32 products are float32 ("ieee", no TF32). A block of rows owns its output: no
+atomics, and the order of every sum depends on sizes and dtype only.
+
+Cost. Forward 2 N (N + M) D operations and ceil(N / rows) reads of the partners, mostly from L2. A block of gradient
+columns (256 in 16 bits, 128 in float32) contracts over all of D again, so backward takes 1 + ceil(D / block) times the
+forward: twice for narrow rows; few rows of great width belong to the split-K plan.
+"""
+
+# mypy: disable-error-code="no-untyped-def, assignment"
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from imbdiff.kernels import rows
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """A tile of `rows` x `columns` scores, contracted `depth` at a time, and the width of a gradient block."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    whole: bool  # depth, and output, hold all of D
+    output: int = 0
+
+
+# By the largest D that a line serves (0: any), for 16-bit rows on tensor cores and for exact float32. Chosen by the
+# registers and shared memory that tests/kernels/test_aot.py reports, not yet by the clock.
+FORWARD = {
+    16: {64: Config(64, 64, 64, 4, 2, True), 128: Config(64, 64, 128, 4, 2, True), 256: Config(64, 64, 256, 8, 1, True),
+         0: Config(128, 64, 32, 8, 2, False)},
+    32: {0: Config(64, 64, 16, 4, 1, False)},
+}  # fmt: skip
+BACKWARD = {
+    16: {64: Config(64, 64, 64, 4, 1, True, 64), 128: Config(64, 64, 128, 8, 1, True, 128),
+         0: Config(64, 64, 64, 8, 1, False, 256)},
+    32: {0: Config(64, 32, 16, 8, 1, False, 128)},
+}  # fmt: skip
+NORM = rows.Config(8, 128, 4)
+
+
+def config(table: dict[int, dict[int, Config]], dtype: torch.dtype, D: int) -> Config:
+    lines = table[dtype.itemsize * 8]
+    return next((line for width, line in lines.items() if width >= D), lines[0])
+
+
+def operand(dtype: torch.dtype) -> Any:
+    """What a tile is rounded to. Triton's interpreter computes bfloat16 on bit patterns, so there it stays float32."""
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and triton.knobs.runtime.interpret):
+        return tl.float32
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+@triton.jit
+def partner_tile(tile, x, bank, N, M, COLUMNS: tl.constexpr):
+    """Of a tile of x's rows or, after those, the bank's: (pointer, stride), rows, which exist, position among N + M."""
+    own_tiles = tl.cdiv(N, COLUMNS)
+    own = tile < own_tiles
+    row = tl.where(own, tile, tile - own_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    source = (tl.where(own, x[0], bank[0]), tl.where(own, x[1], bank[1]))
+    return source, row, row < tl.where(own, N, M), row + tl.where(own, 0, N)
+
+
+@triton.jit
+def centred(source, row, exists, column, D, centre, OPERAND: tl.constexpr):
+    """Rows minus the centre, rounded once; zero outside."""
+    mask = exists[:, None] & (column < D)[None, :]
+    shift = tl.load(centre + column, mask=column < D, other=0.0)
+    value = rows.load(source, row.to(tl.int64), column, mask) - shift[None, :]
+    return tl.where(mask, value, 0.0).to(OPERAND)
+
+
+@triton.jit
+def entries(vectors, position, exists):
+    return [tl.load(vector + position, mask=exists, other=0.0) for vector in vectors]
+
+
+@triton.jit
+def products(
+    x, i, here, source, j, there, D, centre,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """q k^T, contracted in steps of DEPTH."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        q = centred(x, i, here, column, D, centre, OPERAND)
+        k = centred(source, j, there, column, D, centre, OPERAND)
+        total = tl.dot(q, tl.trans(k), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def norm_kernel(
+    x, bank, centre, norm, N, M, D, OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    source, row, exists, position = partner_tile(tl.program_id(0), x, bank, N, M, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, COLUMNS):
+        value = centred(source, row, exists, start + tl.arange(0, COLUMNS), D, centre, OPERAND).to(tl.float32)
+        total += value * value
+    tl.store(norm + position, tl.sum(total, axis=1), mask=exists)
+
+
+@triton.jit
+def forward_kernel(
+    x, bank, centre, vectors, outputs, scale, N, M, D,
+    SCORE: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, FINISH: tl.constexpr, SELF: tl.constexpr,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = i < N
+    left = entries(vectors, i, here)
+    if WHOLE:
+        q = centred(x, i, here, tl.arange(0, DEPTH), D, centre, OPERAND)
+    state = START(ROWS)
+    for tile in range(tl.cdiv(N, COLUMNS) + tl.cdiv(M, COLUMNS)):
+        source, j, there, position = partner_tile(tile, x, bank, N, M, COLUMNS)
+        if WHOLE:
+            k = centred(source, j, there, tl.arange(0, DEPTH), D, centre, OPERAND)
+            product = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            product = products(x, i, here, source, j, there, D, centre, OPERAND, ROWS, COLUMNS, DEPTH)
+        same = i[:, None] == position[None, :]
+        score = SCORE(product, left, entries(vectors, position, there), same, scale)
+        counted = here[:, None] & there[None, :]
+        if not SELF:
+            counted = counted & (i[:, None] != position[None, :])
+        state = UPDATE(state, tl.where(counted, score, float("-inf")))
+    FINISH(state, i, here, outputs)
+
+
+@triton.jit
+def backward_kernel(
+    x, bank, centre, vectors, factor, grad, scale, N, M, D,
+    SCORE: tl.constexpr, WEIGHT: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OUTPUT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = i < N
+    left = entries(vectors, i, here)
+    column = tl.program_id(1) * OUTPUT + tl.arange(0, OUTPUT)
+    if WHOLE:
+        q = centred(x, i, here, column, D, centre, OPERAND)
+    mass = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, OUTPUT], tl.float32)
+    for tile in range(tl.cdiv(N, COLUMNS) + tl.cdiv(M, COLUMNS)):
+        source, j, there, position = partner_tile(tile, x, bank, N, M, COLUMNS)
+        k = centred(source, j, there, column, D, centre, OPERAND)
+        if WHOLE:
+            product = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            product = products(x, i, here, source, j, there, D, centre, OPERAND, ROWS, COLUMNS, DEPTH)
+        same = i[:, None] == position[None, :]
+        right = entries(vectors, position, there)
+        weight = WEIGHT(SCORE(product, left, right, same, scale), left, right)
+        # A row does not pull on itself. The mass is that of the rounded weights, so that a common shift cancels.
+        counted = here[:, None] & there[None, :] & (i[:, None] != position[None, :])
+        weight = tl.where(counted, weight, 0.0).to(OPERAND)
+        mass += tl.sum(weight.to(tl.float32), axis=1)
+        total = tl.dot(weight, k, total, input_precision="ieee")
+    if not WHOLE:
+        q = centred(x, i, here, column, D, centre, OPERAND)
+    value = tl.load(factor) * (mass[:, None] * q.to(tl.float32) - total)
+    at = grad + i.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(at, value.to(grad.dtype.element_ty), mask=here[:, None] & (column < D)[None, :])
+
+
+def prepare(x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """The centre [D], and the squared norms [N + M] of the centred, rounded rows."""
+    (N, D), M = x.shape, len(bank)
+    centre = x.mean(0, dtype=torch.float32)
+    norm = torch.empty(N + M, dtype=torch.float32, device=x.device)
+    norm_kernel[(triton.cdiv(N, NORM.rows) + triton.cdiv(M, NORM.rows),)](
+        rows.pair(x), rows.pair(bank), centre, norm, N, M, D,
+        OPERAND=operand(x.dtype), ROWS=NORM.rows, COLUMNS=NORM.columns, num_warps=NORM.warps,
+    )  # fmt: skip
+    return centre, norm
+
+
+def forward(
+    x: Tensor, bank: Tensor, centre: Tensor, vectors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], scale: float,
+    **functions: Any,
+) -> None:  # fmt: skip
+    """Fill `outputs`. `functions`: SCORE, START, UPDATE, FINISH, and SELF, whether a row is its own partner."""
+    (N, D), M = x.shape, len(bank)
+    tile = config(FORWARD, x.dtype, D)
+    forward_kernel[(triton.cdiv(N, tile.rows),)](
+        rows.pair(x), rows.pair(bank), centre, vectors, outputs, scale, N, M, D, **functions, OPERAND=operand(x.dtype),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=tile.whole,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def backward(
+    x: Tensor, bank: Tensor, centre: Tensor, vectors: tuple[Tensor, ...], factor: Tensor, scale: float, **functions: Any
+) -> Tensor:
+    """factor * sum_j W_ij (x_i - x_j), `factor` a tensor of one element. `functions`: SCORE and WEIGHT."""
+    (N, D), M = x.shape, len(bank)
+    tile = config(BACKWARD, x.dtype, D)
+    grad = x.new_empty(N, D)
+    backward_kernel[triton.cdiv(N, tile.rows), triton.cdiv(D, tile.output)](
+        rows.pair(x), rows.pair(bank), centre, vectors, factor, grad, scale, N, M, D, **functions,
+        OPERAND=operand(x.dtype), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, OUTPUT=tile.output,
+        WHOLE=tile.whole, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return grad

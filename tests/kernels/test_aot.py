@@ -1,0 +1,164 @@
+"""Every committed configuration compiles for sm_80, sm_90 and sm_100 without a GPU, within the device's resources.
+
+A worker process runs the launchers on CPU tensors with `JITFunction.run` replaced by a recorder, so that what is
+compiled is what would be launched, specialisation included; this file is that worker too, since interpreted kernels
+cannot be compiled. Results are kept by content in $IMBDIFF_AOT_CACHE (default ~/.cache/imbdiff-aot).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
+pytestmark = pytest.mark.xdist_group("aot")
+
+TARGETS = (80, 90, 100)
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORE = {80: r"\bmma\.sync", 90: r"\bwgmma\.", 100: r"\btcgen05\.mma|\bmma\.sync"}
+MODULES = ("rows", "two_branch", "engine", "contrast")
+
+
+def launches(torch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names and calls that reach every line of every table; bfloat16 stands for both 16-bit types."""
+    two_branch, contrast = (importlib.import_module(f"imbdiff.kernels.{m}") for m in ("two_branch", "contrast"))
+    B, low, full = 64, torch.bfloat16, torch.float32
+    for dtype, sizes in [(low, ((128, 4), (512, 4), (512, 0), (16384, 4))), (full, ((128, 4), (16384, 4)))]:
+        for D, K in sizes:
+            own, *others = (torch.zeros(B, D, dtype=dtype) for _ in range(1 + K))
+            small = (torch.zeros(K, B), torch.zeros(K, 3), torch.zeros(K))
+            name = f"two_branch {dtype} D={D} K={K}"
+            yield name, lambda o=own, r=others, s=small: two_branch.two_branch(o, o, r, *s)
+            args = (torch.zeros(B), small[0], own, own, others, *small, small[0], [True] * (1 + K))
+            yield name, lambda a=args: two_branch.two_branch_bwd(*a)
+    for dtype, widths in [(low, (64, 128, 256, 2048)), (full, (128,))]:
+        for D in widths:
+            x, ones = torch.zeros(256, D, dtype=dtype), torch.ones(256)
+            name = f"contrast {dtype} D={D}"
+            yield name, lambda x=x, w=ones: contrast.negative_distance(x, x, w, 0.5, False, True)
+            args = (torch.ones(()), x, x, ones, ones, ones[:0], 0.5, False, True)
+            yield name, lambda a=args: contrast.negative_distance_bwd(*a)
+
+
+def tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def resources(kernel: Any, sm: int) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"], "shared": kernel.metadata.shared,
+        "tensor_core": bool(re.search(TENSOR_CORE[sm], ptx)),
+        "wide_loads": bool(re.search(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg", ptx)),
+    }  # fmt: skip
+
+
+def work() -> list[dict[str, Any]]:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    kernels = [importlib.import_module(f"imbdiff.kernels.{module}") for module in MODULES]
+    source = "".join(Path(module.__file__ or "").read_text() for module in kernels) + triton.__version__
+    cache = Path(os.environ.get("IMBDIFF_AOT_CACHE") or Path.home() / ".cache/imbdiff-aot")
+    cache.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    tiles = set()
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        keys = ("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages", "WHOLE", "OUTPUT")
+        tiles.add((self.__name__, *(kwargs.get(key, 0) for key in keys)))
+        for capability in TARGETS:
+            target = GPUTarget("cuda", capability, 32)
+            backend = make_backend(target)
+            bound, specialization, _ = create_function_from_signature(self.signature, self.params, backend)(
+                *args, **kwargs
+            )
+            options, signature, constants, attrs = self._pack_args(backend, kwargs, bound, specialization, None)
+            fixed = sorted((path, getattr(value, "__name__", repr(value))) for path, value in constants.items())
+            facts = repr(
+                (self.__name__, capability, signature, fixed, sorted(attrs), kwargs["num_warps"], options.num_stages)
+            )
+            key = hashlib.sha256((source + facts).encode()).hexdigest()
+            if key in found:
+                continue
+            file = cache / f"{key}.json"
+            if not file.exists():
+                compiled = triton.compile(ASTSource(self, signature, constants, attrs), target, options.__dict__)
+                new = file.with_suffix(f".{os.getpid()}")
+                new.write_text(json.dumps(resources(compiled, capability)))
+                new.replace(file)
+            found[key] = {"kernel": self.__name__, "case": name, "sm": capability, **json.loads(file.read_text())}
+
+    JITFunction.run = record
+    for name, call in launches(torch):  # noqa: B007 (record reads it)
+        call()
+    rows, _, engine, _ = kernels
+    committed = {("sum_kernel", *tile[:2], 0, tile.warps, 0, 0, 0) for tile in rows.CONFIGS}
+    for kernel, table in [("forward_kernel", engine.FORWARD), ("backward_kernel", engine.BACKWARD)]:
+        committed |= {(kernel, *line) for lines in table.values() for line in lines.values()}
+    assert committed <= tiles, f"not compiled: {committed - tiles}"
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def show(entries: list[dict[str, Any]]) -> str:
+    return "\n".join(map(str, entries))
+
+
+def test_every_kernel_and_target(compiled: list[dict[str, Any]]) -> None:
+    kernels = {"sum_kernel", "finish_kernel", "grad_kernel", "norm_kernel", "forward_kernel", "backward_kernel"}
+    assert {(e["kernel"], e["sm"]) for e in compiled} == {(kernel, sm) for kernel in kernels for sm in TARGETS}
+
+
+def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
+    spilled = [e for e in compiled if e["stack"] or e["local"]]
+    assert not spilled, show(spilled)
+
+
+def test_shared_memory(compiled: list[dict[str, Any]]) -> None:
+    large = [e for e in compiled if e["shared"] > SHARED[e["sm"]]]
+    assert not large, show(large)
+
+
+def test_tensor_cores_take_16_bit_products_and_only_those(compiled: list[dict[str, Any]]) -> None:
+    products = [e for e in compiled if e["kernel"] in ("forward_kernel", "backward_kernel")]
+    wrong = [e for e in products if e["tensor_core"] != ("bfloat16" in e["case"])]
+    assert not wrong, show(wrong)
+
+
+def test_aligned_rows_are_read_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    narrow = [e for e in compiled if e["kernel"] != "finish_kernel" and not e["wide_loads"]]
+    assert not narrow, show(narrow)
+
+
+if __name__ == "__main__":
+    print(json.dumps(work()))
