@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from imbdiff.ops import _backends
 from imbdiff.ops._op import REGISTRY, overload
@@ -190,7 +191,7 @@ def test_compiles_once_over_steps():
     from imbdiff import ops
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def loss(own, target, other, weight, scales):
         base, terms = ops.two_branch_loss(own, target, [other], weight, scales, margin=[0.5])
