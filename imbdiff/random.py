@@ -55,6 +55,12 @@ def uniform(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) 
     return ((words(seed, stream, index, math.prod(shape)) >> 8) * 2.0**-24).float().view(-1, *shape)
 
 
+def permutation(seed: int, stream: str, count: int, device: torch.device | None = None) -> Tensor:
+    """[count] int64: 0 .. count - 1 in the order of 62 random bits each."""
+    draw = words(seed, stream, torch.arange(count, device=device), 2)
+    return torch.argsort((draw[:, 0] << 30) | (draw[:, 1] >> 2), stable=True)
+
+
 def normal(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """[B, *shape] float32 standard normal (Box-Muller).
 

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/two_branch.h"
 #include "isa.h"
 
 namespace imbdiff::two_branch {
@@ -95,9 +96,8 @@ void forward(const Rows<T>& rows, const Acc<T>* weight, const Acc<T>* scales, co
         continue;
       }
       const int64_t at = (k - 1) * B + i;
-      const Acc<T> m = margin[k - 1], f = m == 0 ? d : m - d < 0 ? 0 : m - d;
       distance[at] = d;
-      terms[at] = scales[(k - 1) * 3 + 2] * weight[at] * f;
+      terms[at] = scales[(k - 1) * 3 + 2] * weight[at] * penalty(margin[k - 1], d);
     }
 }
 
@@ -113,8 +113,7 @@ void backward(const Rows<T>& rows, const Acc<T>* grad_base, const Acc<T>* grad_t
     std::vector<T*> others(K);
     for (int64_t k = 0; k < K; ++k) {
       const int64_t at = k * B + i;
-      const Acc<T> m = margin[k], sign = m == 0 ? 1 : m - distance[at] <= 0 ? 0 : -1;
-      const Acc<T> c = grad_terms[at] * weight[at] * sign * twice_mean;
+      const Acc<T> c = grad_terms[at] * weight[at] * slope(margin[k], distance[at]) * twice_mean;
       pull[k] = scales[k * 3] * c;
       push[k] = scales[k * 3 + 1] * c;
       others[k] = grad_others[k] ? grad_others[k] + i * D : nullptr;

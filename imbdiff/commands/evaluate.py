@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from imbdiff.commands import sample
-from imbdiff.data import DataConfig, ImageSet, class_groups, load_source, load_training_data
+from imbdiff.data import DataConfig, ImageSet, class_groups, class_rank, load_source, load_training_data
 from imbdiff.errors import InputError
 from imbdiff.evaluation import Extractor, Report, compare_table, evaluate, load_extractor, load_pair
 from imbdiff.evaluation.yardsticks import ComparisonSets, comparison_sets, copies
@@ -186,7 +186,7 @@ def evaluate_folders(command: EvaluateCommand, extractor: Extractor, folder: Pat
         raise InputError("without a run, both --real DIR and --fake DIR are needed")
     real, fake = load_pair(command.real, command.fake, command.labels)
     counts = real.counts
-    rank = sorted(range(real.num_classes), key=lambda c: -int(counts[c]))
+    rank = class_rank(counts)
     groups = class_groups(counts, "thirds")
     protocol = {"fake": command.fake, "groups": "thirds of the classes by number of real images"}
     report = evaluate(fake, real, extractor, groups=groups, rank=rank, k=command.k, protocol=protocol)

@@ -2,7 +2,7 @@
 
 from imbdiff.data.bundle import TrainingData, load_training_data
 from imbdiff.data.config import DataConfig
-from imbdiff.data.groups import class_groups
+from imbdiff.data.groups import class_groups, class_rank
 from imbdiff.data.images import ImageSet, to_uint8, to_unit
 from imbdiff.data.longtail import long_tail_counts, long_tail_indices, split_hash
 from imbdiff.data.order import DataOrder
@@ -14,6 +14,7 @@ __all__ = [
     "ImageSet",
     "TrainingData",
     "class_groups",
+    "class_rank",
     "load_source",
     "load_training_data",
     "long_tail_counts",

@@ -10,6 +10,12 @@ from imbdiff.data.config import GroupRule
 from imbdiff.errors import InputError
 
 
+def class_rank(counts: Sequence[int] | Tensor) -> list[int]:
+    """Classes from most to least frequent; of two as frequent the lower label first."""
+    sizes = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+    return sorted(range(len(sizes)), key=lambda c: -sizes[c])
+
+
 def class_groups(counts: Sequence[int] | Tensor, rule: GroupRule) -> dict[str, tuple[int, ...]]:
     """Classes of "head", "medium" and "tail", most frequent first; empty groups are left out.
 
@@ -17,7 +23,7 @@ def class_groups(counts: Sequence[int] | Tensor, rule: GroupRule) -> dict[str, t
     and tail, one is head. "counts" (OLTR): more than 100 images, 20..100, fewer than 20.
     """
     sizes = counts.tolist() if isinstance(counts, Tensor) else list(counts)
-    ranked = sorted(range(len(sizes)), key=lambda c: -sizes[c])
+    ranked = class_rank(sizes)
     if rule == "counts":
         groups = {
             "head": [c for c in ranked if sizes[c] > 100],

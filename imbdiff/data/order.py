@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.errors import InputError
-from imbdiff.random import words
+from imbdiff.random import permutation, words
 
 
 class DataOrder:
@@ -51,8 +51,7 @@ class DataOrder:
             # A batch straddles two epochs at most in training: older permutations are never asked for again.
             while len(self._permutations) > 1:
                 del self._permutations[next(iter(self._permutations))]
-            draw = words(self.seed, f"order/{epoch}", torch.arange(self.size, device=self._device), 2)
-            self._permutations[epoch] = torch.argsort((draw[:, 0] << 30) | (draw[:, 1] >> 2), stable=True)
+            self._permutations[epoch] = permutation(self.seed, f"order/{epoch}", self.size, self._device)
         return self._permutations[epoch]
 
     def _by_prior(self, key: Tensor) -> Tensor:

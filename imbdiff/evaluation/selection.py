@@ -34,8 +34,7 @@ def even_counts(available: Sequence[int], total: int) -> list[int]:
 
 def shuffled(count: int, seed: int) -> Tensor:
     """A permutation of 0 .. count - 1 by the seed: files often lie in an order, by writer or by date."""
-    draw = random.words(seed, "evaluation/order", torch.arange(count), 2)
-    return torch.argsort((draw[:, 0] << 30) | (draw[:, 1] >> 2), stable=True)
+    return random.permutation(seed, "evaluation/order", count)
 
 
 def take_evenly(labels: Tensor, classes: Sequence[int], total: int, order: Tensor) -> Tensor:

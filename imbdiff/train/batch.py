@@ -42,7 +42,7 @@ class BatchSource:
         return Batch(
             x0=x0,
             eps=eps,
-            x_t=signal.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * eps,
+            x_t=self.path.add_noise(x0, eps, signal, sigma),
             t=t,
             signal=signal,
             sigma=sigma,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from imbdiff.data import ImageSet
+from imbdiff.data import ImageSet, class_rank
 from imbdiff.data.grid import grid_picture
 from imbdiff.diffusion import SamplingConfig, generate
 from imbdiff.train.state import TrainState
@@ -20,7 +20,7 @@ def draw_grid(state: TrainState, train: ImageSet, config: SamplingConfig, file: 
     averaged = copy.deepcopy(state.objective).eval()
     averaged.load_state_dict(state.ema.tensors)
     counts = train.counts.cpu()
-    rank = torch.argsort(counts, descending=True, stable=True)
+    rank = torch.tensor(class_rank(counts))
     device = train.images.device
     images = generate(
         averaged.net,

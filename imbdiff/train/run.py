@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from imbdiff.data import TrainingData
+from imbdiff.data import TrainingData, class_rank
 from imbdiff.errors import InputError
 from imbdiff.files import write_text
 from imbdiff.train import checkpoint
@@ -114,8 +114,7 @@ class TrainedRun:
     @property
     def rank(self) -> list[int]:
         """Classes from most to least frequent."""
-        counts = self.facts["counts"]
-        return sorted(range(len(counts)), key=lambda c: -counts[c])
+        return class_rank(self.facts["counts"])
 
 
 def load_run(path: str | Path, warn: Callable[[str], None], device: torch.device | None = None) -> TrainedRun:
