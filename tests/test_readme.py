@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
 
@@ -18,23 +16,17 @@ def test_the_readme_has_blocks_of_known_kinds():
     assert targets == ["make demo", "make test"]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("readme")
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-@pytest.mark.xdist_group("readme")
-def test_block(directory, number):
-    kind, text = BLOCKS[number]
+def test_every_block_in_turn(tmp_path):
+    """One test for all, because a block works on what the ones before it made."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    if kind == "python":
-        command = [sys.executable, "-c", text]
-    elif text.startswith("make "):
-        # The targets themselves are run by CI (make test) and, with fewer steps, by test_cli.py (the demo): here it is
-        # enough that they exist, since `make test` cannot run itself.
-        command = ["make", "-C", str(ROOT), "-n", *text.split()[1:]]
-    else:
-        command = ["bash", "-e", "-c", text]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for kind, text in BLOCKS:
+        if kind == "python":
+            command = [sys.executable, "-c", text]
+        elif text.startswith("make "):
+            # The targets themselves are run by CI (make test) and, with fewer steps, by test_cli.py (the demo): here it
+            # is enough that they exist, since `make test` cannot run itself.
+            command = ["make", "-C", str(ROOT), "-n", *text.split()[1:]]
+        else:
+            command = ["bash", "-e", "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
