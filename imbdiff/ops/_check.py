@@ -38,7 +38,9 @@ def tensor(
     if shape is None:
         if value.ndim == 0:
             raise ValueError(f"{op}: {name} must be {symbols}, got a scalar")
-    elif value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+    elif value.shape != shape and (
+        value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True))
+    ):
         sizes = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{op}: {name} must be {symbols} = [{sizes}], got {describe(value)}")
     if value.dtype not in dtypes:
@@ -47,9 +49,17 @@ def tensor(
     return value
 
 
-def same_dtype(op: str, first: str, a: Tensor, name: str, b: Tensor) -> None:
+def same(op: str, name: str, value: object, first: str, like: Tensor) -> Tensor:
+    """`value` if it is a tensor of `like`'s device, shape and dtype."""
+    if isinstance(value, Tensor) and (value.shape, value.dtype, value.device) == (like.shape, like.dtype, like.device):
+        return value
+    return same_dtype(op, first, like, name, tensor(op, name, value, like.shape, f"{first}'s shape", like=like))
+
+
+def same_dtype(op: str, first: str, a: Tensor, name: str, b: Tensor) -> Tensor:
     if a.dtype != b.dtype:
         raise TypeError(f"{op}: {name} must have {first}'s dtype {a.dtype}, got {describe(b)}")
+    return b
 
 
 def constant(op: str, name: str, value: Tensor) -> Tensor:
@@ -66,5 +76,5 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def rows(x: Tensor) -> Tensor:
     """[B, ...] as [B, D] whose rows are dense; a view wherever the layout allows: a channel slice is not copied."""
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    flat = x if x.ndim == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))
     return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()

@@ -2,8 +2,11 @@
 
 For an operation `f` and each back end the library holds `imbdiff::f_<backend>` and `imbdiff::f_bwd_<backend>`, all with
 the schema of `_schema.py`. The compiled back ends (cpu, cuda) are implemented by the libraries under these names, the
-Python ones (reference, triton) here. Every forward has the same fake and the same derivative, which calls the backward
-of its own back end. A public function asks `_backends.choose` which one to call.
+Python ones (reference, triton) here. These are plain functions of tensors; the derivative is `call`, a thin
+`autograd.Function` around the two, which calls the backward of the back end that ran the forward.
+
+Why not `torch.library.register_autograd`: with a list of tensors it costs 240 microseconds a call, more than the
+kernels of a batch of images take. `call` costs 30 and is traced by torch.compile all the same.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,42 +33,59 @@ class Op:
     """An operation's facts. Arguments of all functions are those of the schema."""
 
     name: str
-    reference: Callable[..., tuple[Tensor, ...]]
+    family: str
+    """The file's stem in every room: csrc/cpu, csrc/cuda, kernels, ops, tests/ops, bench."""
+    reference: Callable[..., Any]
     """Plain torch, forward only."""
-    reference_bwd: Callable[..., Any]
-    """Plain torch, usually `torch.func.vjp` of the reference."""
-    fake: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., Any]
     """(back end, ...) -> outputs as that back end allocates them: new and contiguous."""
-    fake_bwd: Callable[..., Any]
-    setup: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
-    """Saves what the derivative needs."""
-    backward: Callable[..., Any]
-    """(ctx, call, *grads) -> gradients of the arguments; `call` is the backward operation of the same back end."""
+    outputs: int = 1
+    """How many of the outputs `call` returns; the others are kept for the backward."""
+    reference_bwd: Callable[..., Any] | None = None
+    """Plain torch, usually `torch.func.vjp` of the reference; None: the operation has no derivative."""
+    fake_bwd: Callable[..., Any] | None = None
+    backward: Callable[..., Sequence[Tensor | None]] | None = None
+    """(bwd, needs, grads, inputs, saved) -> gradients of the differentiable tensors of `inputs`, in their order.
+
+    `bwd` is the backward operation of the same back end, `needs` says of each tensor (lists spread out) whether its
+    gradient is wanted, `grads` are the outputs' gradients, None where an output was not used, `saved` the outputs that
+    `call` kept.
+    """
 
 
 REGISTRY: dict[str, Op] = {}
+_CALLS: dict[str, Any] = {}
+_LISTS: dict[str, list[int]] = {}
+"""Positions of the arguments that are lists of tensors."""
 
 
 def register(op: Op) -> Op:
     """Define the operation for every back end; implementations of compiled back ends come with their library."""
     REGISTRY[op.name] = op
-    for backend in BACKENDS:
-        forward, backward = f"{op.name}_{backend}", f"{op.name}_bwd_{backend}"
-        _LIBRARY.define(forward + SCHEMAS[op.name])
-        _LIBRARY.define(backward + SCHEMAS[f"{op.name}_bwd"])
-        if backend == "reference":
-            _LIBRARY.impl(forward, _detached(op.reference), "CompositeExplicitAutograd")
-            _LIBRARY.impl(backward, op.reference_bwd, "CompositeExplicitAutograd")
-        elif backend == "triton":
-            _LIBRARY.impl(forward, _launcher(op.name, op.name), "CUDA")
-            _LIBRARY.impl(backward, _launcher(op.name, f"{op.name}_bwd"), "CUDA")
-        torch.library.register_fake(f"imbdiff::{forward}", partial(op.fake, backend))
-        torch.library.register_fake(f"imbdiff::{backward}", op.fake_bwd)
-        torch.library.register_autograd(
-            f"imbdiff::{forward}", _derivative(op, backward), setup_context=_setup(op.setup), lib=_LIBRARY
-        )
-        torch.library.register_autograd(f"imbdiff::{backward}", _no_second_derivative(op.name), lib=_LIBRARY)
+    _define(op.name, op.family, op.reference, op.fake)
+    if op.reference_bwd is not None and op.fake_bwd is not None:
+        fake_bwd = op.fake_bwd
+        _define(f"{op.name}_bwd", op.family, op.reference_bwd, lambda backend, *args: fake_bwd(*args))
     return op
+
+
+def _define(name: str, family: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def launch(*args: Any) -> Any:
+        # Imported when it is first called: `import imbdiff` must not import triton.
+        return getattr(import_module(f"imbdiff.kernels.{family}"), name)(*args)
+
+    def plain(*args: Any) -> Any:
+        with torch.no_grad():
+            return reference(*args)
+
+    arguments = SCHEMAS[name].partition(")")[0].split(",")
+    _LISTS[name] = [i for i, argument in enumerate(arguments) if "Tensor[]" in argument]
+    for backend in BACKENDS:
+        _LIBRARY.define(f"{name}_{backend}{SCHEMAS[name]}")
+        torch.library.register_fake(f"imbdiff::{name}_{backend}", partial(fake, backend), lib=_LIBRARY)
+        _CALLS[f"{name}_{backend}"] = overload(f"{name}_{backend}")
+    _LIBRARY.impl(f"{name}_reference", plain, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{name}_triton", launch, "CUDA")
 
 
 def overload(name: str) -> Any:
@@ -72,53 +93,67 @@ def overload(name: str) -> Any:
     return getattr(torch.ops.imbdiff, name).default
 
 
-def _detached(reference: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return reference(*args)
-
-    return forward
-
-
-def _launcher(module: str, name: str) -> Callable[..., Any]:
-    """The Triton launcher, imported when it is first called: `import imbdiff` must not import triton."""
-
-    def launch(*args: Any) -> Any:
-        from importlib import import_module
-
-        return getattr(import_module(f"imbdiff.kernels.{FAMILY[module]}"), name)(*args)
-
-    return launch
+def call(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
+    """The operation's leading outputs on this back end, with their derivative."""
+    op = REGISTRY[name]
+    if op.backward is None or not torch.is_grad_enabled():
+        out = _CALLS[f"{name}_{backend}"](*args)
+        return out[: op.outputs] if isinstance(out, tuple) else (out,)
+    # autograd sees the tensors that are arguments, not those in lists: the lists are spread out.
+    flat, lengths = list(args), [len(args[i]) for i in _LISTS[name]]
+    for i in reversed(_LISTS[name]):
+        flat[i : i + 1] = args[i]
+    out = _Derivative.apply(name, backend, lengths, *flat)
+    return out if isinstance(out, tuple) else (out,)
 
 
-FAMILY = {"two_branch": "two_branch", "negative_distance": "contrast"}
-"""The family, that is the file's stem in every room, of each operation."""
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None where no gradient was asked for; a backward operation returns an empty tensor there."""
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
-def _setup(setup: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]) -> Callable[..., None]:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+class _Derivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, backend: str, lengths: list[int], *flat: Any) -> Any:
+        args = list(flat)
+        for i, n in zip(_LISTS[name], lengths, strict=True):
+            args[i : i + n] = [args[i : i + n]]
+        out = _CALLS[f"{name}_{backend}"](*args)
+        out = out if isinstance(out, tuple) else (out,)
+        n = REGISTRY[name].outputs
         ctx.set_materialize_grads(False)
-        setup(ctx, inputs, output)
+        ctx.name, ctx.backend, ctx.lengths, ctx.kept = name, backend, lengths, len(out) - n
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
+        ctx.save_for_backward(*out[n:], *[x for x in flat if isinstance(x, Tensor)])
+        return out[0] if n == 1 else out[:n]
 
-    return setup_context
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        tensors = ctx.saved_tensors
+        rest = iter(tensors[ctx.kept :])
+        args = [next(rest) if constant is None else constant for constant in ctx.constants]
+        for i, n in zip(_LISTS[ctx.name], ctx.lengths, strict=True):
+            args[i : i + n] = [args[i : i + n]]
+        needs = ctx.needs_input_grad[3:]
+        derivative = REGISTRY[ctx.name].backward
+        with torch.no_grad():
+            bwd = _CALLS[f"{ctx.name}_bwd_{ctx.backend}"]
+            got = derivative(bwd, needs, grads, args, tensors[: ctx.kept])  # type: ignore[misc]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            got = [g if g is None else _NoSecondDerivative.apply(ctx.name, g, *grads, *tensors) for g in got]
+        return (None, None, None, *got, *[None] * (len(needs) - len(got)))
 
 
-def _derivative(op: Op, backward: str) -> Callable[..., Any]:
-    def derivative(ctx: Any, *grads: Tensor | None) -> Any:
-        return op.backward(ctx, overload(backward), *grads)
+class _NoSecondDerivative(torch.autograd.Function):
+    """Without it `create_graph=True` would give gradients that a second backward silently takes for constants."""
 
-    return derivative
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
 
-
-def _no_second_derivative(name: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *grads: Any) -> Any:
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
         raise NotImplementedError(
-            f"imbdiff.ops: {name} has no second derivative; the plain-torch form in imbdiff.ops.reference has"
+            f"imbdiff.ops: {ctx.name} has no second derivative; the plain-torch form in imbdiff.ops.reference has"
         )
-
-    return refuse
-
-
-def wanted(grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients that were asked for; an implementation returns an empty tensor of shape [0] for the others."""
-    return [g if g.dim() > 1 else None for g in grads]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from imbdiff.ops import _backends, _check
-from imbdiff.ops._op import Op, overload, register
+from imbdiff.ops._op import Op, call, register
 from imbdiff.ops.reference import contrast as reference
 
 _OP = "negative_distance_loss"
@@ -72,8 +72,10 @@ def negative_distance_loss(
             raise ValueError(f"{_OP}: weight multiplies the rows' logarithms, so it needs per_row=True")
         _check.constant(_OP, "weight", _check.tensor(_OP, "weight", weight, (N,), "[N]", like=x))
     scale = 1.0 / (tau * (max(D, 1) if per_dim else 1))
-    call = overload(f"negative_distance_{_backends.choose('negative_distance', x)}")
-    return call(rows, others, weight.to(acc).contiguous(), scale, include_self, per_row)[0]
+    backend = _backends.choose("negative_distance", x)
+    return call("negative_distance", backend, rows, others, weight.to(acc).contiguous(), scale, include_self, per_row)[
+        0
+    ]
 
 
 def _fake(
@@ -94,27 +96,25 @@ def _fake_bwd(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, negatives, weight, *ctx.settings = inputs
-    _, lse, saved = output
-    ctx.save_for_backward(x, negatives, weight, lse, saved)
-    ctx.mark_non_differentiable(lse, saved)
-
-
-def _backward(ctx: Any, call: Callable[..., Any], grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    return call(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+def _backward(
+    bwd: Callable[..., Tensor],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    saved: Sequence[Tensor],
+) -> list[Tensor | None]:
+    (grad,), (x, negatives, weight, *settings) = grads, inputs
+    return [None if grad is None else bwd(grad.contiguous(), x, negatives, weight, *saved, *settings)]
 
 
 register(
     Op(
         "negative_distance",
+        "contrast",
         reference.negative_distance,
-        reference.negative_distance_bwd,
         _fake,
-        _fake_bwd,
-        setup=_setup,
+        reference_bwd=reference.negative_distance_bwd,
+        fake_bwd=_fake_bwd,
         backward=_backward,
     )
 )

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imbdiff.ops import _backends, _check
-from imbdiff.ops._op import Op, overload, register, wanted
+from imbdiff.ops._op import Op, call, register, wanted
 from imbdiff.ops.reference import two_branch as reference
 
 _OP = "two_branch_loss"
@@ -56,33 +57,35 @@ def two_branch_loss(
     """
     _check.tensor(_OP, "own", own, symbols="[B, ...]")
     others = list(others)
-    for name, x in [("target", target), *((f"others[{k}]", o) for k, o in enumerate(others))]:
-        _check.tensor(_OP, name, x, own.shape, "own's shape", like=own)
-        _check.same_dtype(_OP, "own", own, name, x)
-    _check.constant(_OP, "target", target)
     K, B = len(others), len(own)
+    _check.constant(_OP, "target", _check.same(_OP, "target", target, "own", own))
+    for k, other in enumerate(others):
+        _check.same(_OP, f"others[{k}]", other, "own", own)
     if weight is None or scales is None:
         if K:
             raise ValueError(f"{_OP}: weight [K, B] and scales [K, 3] are needed for K = {K} others, got None")
         weight, scales = own.new_zeros(0, B), own.new_zeros(0, 3)
     _check.constant(_OP, "weight", _check.tensor(_OP, "weight", weight, (K, B), "[K, B]", like=own))
     _check.constant(_OP, "scales", _check.tensor(_OP, "scales", scales, (K, 3), "[K, 3]", like=own))
-    margins = [None] * K if margin is None else list(margin)
-    if len(margins) != K:
-        raise ValueError(f"{_OP}: margin must have K = {K} entries, one for each of others, got {len(margins)}")
-    for k, m in enumerate(margins):
+    acc = _check.accumulator(own.dtype)
+    small = (weight.to(acc).contiguous(), scales.to(acc).contiguous(), _margins(margin, K, weight, acc))
+    rows = [_check.rows(x) for x in others]
+    base, terms = call(
+        "two_branch", _backends.choose("two_branch", own, K), _check.rows(own), _check.rows(target), rows, *small
+    )
+    return base, terms
+
+
+def _margins(margin: Sequence[float | None] | None, K: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K], 0 for a pull."""
+    if margin is None:
+        return weight.new_zeros(K, dtype=dtype)
+    if len(margin) != K:
+        raise ValueError(f"{_OP}: margin must have K = {K} entries, one for each of others, got {len(margin)}")
+    for k, m in enumerate(margin):
         if m is not None and not (math.isfinite(m) and m > 0):
             raise ValueError(f"{_OP}: margin[{k}] must be a positive finite number or None (pull), got {m!r}")
-    acc = _check.accumulator(own.dtype)
-    rows = [_check.rows(x) for x in (own, target, *others)]
-    small = (
-        weight.to(acc).contiguous(),
-        scales.to(acc).contiguous(),
-        weight.new_tensor([m or 0 for m in margins], dtype=acc),
-    )
-    call = overload(f"two_branch_{_backends.choose('two_branch', own, K)}")
-    base, terms, _ = call(rows[0], rows[1], rows[2:], *small)
-    return base, terms
+    return weight.new_tensor([m or 0 for m in margin], dtype=dtype)
 
 
 def _fake(
@@ -114,25 +117,32 @@ def _fake_bwd(
     return grads[0], grads[1:]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    own, target, others, weight, scales, margin = inputs
-    ctx.needs = [own.requires_grad, *(other.requires_grad for other in others)]
-    ctx.save_for_backward(own, target, weight, scales, margin, output[2], *others)
-    ctx.mark_non_differentiable(output[2])
-
-
 def _backward(
-    ctx: Any, call: Callable[..., Any], grad_base: Tensor | None, grad_terms: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
-    own, target, weight, scales, margin, distance, *others = ctx.saved_tensors
+    bwd: Callable[..., Any],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    saved: Sequence[Tensor],
+) -> list[Tensor | None]:
+    distance, (grad_base, grad_terms) = saved[0], grads
+    needs = [needs[0], *needs[2 : 2 + len(inputs[2])]]
     # What was not used downstream has no gradient; what is a mean has an expanded one.
-    base = distance.new_zeros(own.shape[0]) if grad_base is None else grad_base.contiguous()
-    terms = distance.new_zeros(distance.shape) if grad_terms is None else grad_terms.contiguous()
-    grad_own, grads = call(base, terms, own, target, others, weight, scales, margin, distance, ctx.needs)
-    first, *rest = wanted([grad_own, *grads])
-    return first, None, rest, None, None, None
+    base = distance.new_zeros(distance.shape[1]) if grad_base is None else grad_base.contiguous()
+    terms = torch.zeros_like(distance) if grad_terms is None else grad_terms.contiguous()
+    grad_own, grad_others = bwd(base, terms, *inputs, distance, needs)
+    first, *rest = wanted([grad_own, *grad_others], needs)
+    return [first, None, *rest]
 
 
 register(
-    Op("two_branch", reference.two_branch, reference.two_branch_bwd, _fake, _fake_bwd, setup=_setup, backward=_backward)
+    Op(
+        "two_branch",
+        "two_branch",
+        reference.two_branch,
+        _fake,
+        outputs=2,
+        reference_bwd=reference.two_branch_bwd,
+        fake_bwd=_fake_bwd,
+        backward=_backward,
+    )
 )
