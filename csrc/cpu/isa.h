@@ -51,7 +51,3 @@ struct Half { uint16_t bits; };   // float16
 struct Brain { uint16_t bits; };  // bfloat16
 
 }  // namespace imbdiff
-
-// The copy of a function that the namespaces generic, avx2 and avx512 each hold.
-#define IMBDIFF_BY_ISA(...) \
-  (isa() == Isa::avx512 ? &avx512::__VA_ARGS__ : isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &generic::__VA_ARGS__)
