@@ -52,7 +52,8 @@ def grad_kernel(
             at = k * B + row
             apart = tl.load(distance + at, mask=exists, other=0.0)
             bound = tl.load(margin + k)
-            sign = tl.where(bound == 0, 1.0, tl.where(bound > apart, -1.0, 0.0))
+            # A NaN distance pushes, so that the NaN of the row is passed on.
+            sign = tl.where(bound == 0, 1.0, tl.where(bound <= apart, 0.0, -1.0))
             chain = tl.load(grad_terms + at, mask=exists, other=0.0) * tl.load(weight + at, mask=exists, other=0.0)
             step = (chain * sign * 2 / D)[:, None] * (x - rows.load(others[k], row, column, mask))
             if NEEDS[0]:

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="the triton back end needs triton")
 from imbdiff.kernels import rows
 from imbdiff.kernels import two_branch as kernels
 
+from imbdiff.ops.reference import two_branch as plain
+
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 MARGINS = torch.tensor([0.0, 2.0, 0.0, 9.0])  # pull, a push that acts on about half of the rows, pull, a push on all
 SIZES = [(1, 1), (5, 3), (9, 100), (3, 129), (3, 513), (2, 1025), (2, 4097), (17, 72)]
@@ -141,6 +143,17 @@ def test_nan_comes_out_where_it_went_in():
     grad, _ = kernels.two_branch_bwd(grad_base, grad_terms, own, target, others, *small, distance, [True] * 3)
     assert grad[1, 2].isnan()
     assert grad[[0, 2]].isfinite().all()
+
+
+def test_a_push_whose_distance_is_nan_has_the_slope_of_the_reference():
+    own, target, others, weight, scales, _, grad_base, grad_terms = inputs(3, 5, 1, torch.float32)
+    own[1, 2] = torch.nan
+    args = (own, target, others, weight, scales, torch.tensor([0.5]))
+    distance = kernels.two_branch(*args)[2]
+    got = kernels.two_branch_bwd(grad_base, grad_terms, *args, distance, [True, True])
+    want = plain.two_branch_bwd(grad_base, grad_terms, *args, distance, [True, True])
+    for a, b in [(got[0], want[0]), (got[1][0], want[1][0])]:
+        torch.testing.assert_close(a, b, equal_nan=True)
 
 
 @pytest.mark.parametrize(("B", "D"), [(0, 5), (0, 0), (3, 0)])
