@@ -55,9 +55,7 @@ SCHEMAS = {
         "(Tensor grad_mean, Tensor grad_log_precision, Tensor grad_log_normalizer, Tensor[] means,"
         " Tensor[] logvars, Tensor exponents, bool[] needs) -> (Tensor[], Tensor[])"
     ),
-    "posterior_mean": (
-        "(Tensor x_t, Tensor bank, Tensor signal, Tensor sigma, Tensor log_prior) -> (Tensor, Tensor)"
-    ),
+    "posterior_mean": ("(Tensor x_t, Tensor bank, Tensor signal, Tensor sigma, Tensor log_prior) -> (Tensor, Tensor)"),
     "posterior_mean_bwd": (
         "(Tensor grad, Tensor x_t, Tensor bank, Tensor signal, Tensor sigma, Tensor log_prior, Tensor out,"
         " Tensor lse, bool[] needs) -> (Tensor, Tensor)"

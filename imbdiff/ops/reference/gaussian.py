@@ -7,7 +7,9 @@ where a hinge looks. They are taken tile by tile; each backward is the vjp of th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def gaussian_divergence_bwd(
     sums = _Gradients((mean_p, logvar_p, mean_q, logvar_q))
     for b in _slices(L, _TILE // max(N * M * D, 1)):
         for i, j in _tiles(N, M, D):
-            sums.add(((b, i), (b, i), (b, j), (b, j)), lambda *rows: pairwise(*rows, kind), grad[b, i, j])
+            sums.add([(b, i), (b, i), (b, j), (b, j)], partial(pairwise, kind=kind), grad[b, i, j])
     return sums.rounded(needs)
 
 
@@ -89,7 +91,7 @@ class _Gradients:
         self.arguments = arguments
         self.sums = [torch.zeros_like(x, dtype=accumulator(x.dtype), memory_format=_DENSE) for x in arguments]
 
-    def add(self, parts: Sequence[object], of, grad: Tensor) -> None:  # type: ignore[no-untyped-def]
+    def add(self, parts: Sequence[tuple[slice, ...]], of: Callable[..., Tensor], grad: Tensor) -> None:
         rows = [x[part].to(total.dtype) for x, total, part in zip(self.arguments, self.sums, parts, strict=True)]
         for total, part, g in zip(self.sums, parts, torch.func.vjp(of, *rows)[1](grad), strict=True):
             total[part] += g
@@ -191,9 +193,13 @@ def gaussian_overlap_bwd(
     sums = _Gradients((mean_p, logvar_p, mean_q, logvar_q))
     for i, j in _tiles(N, M, D):
         chosen = _selected(i, j, N, M, labels_p, labels_q, mask, pairs, same_set)
-
-        def pushed(*rows: Tensor, w: Tensor = weight[i], chosen: Tensor = chosen) -> Tensor:
-            return _pushed(*rows, w, chosen, kind, form, margin, scale)
-
-        sums.add((i, i, j, j), pushed, grad / normalizer)
+        rest: dict[str, Any] = {
+            "weight": weight[i],
+            "chosen": chosen,
+            "kind": kind,
+            "form": form,
+            "margin": margin,
+            "scale": scale,
+        }
+        sums.add([(i,), (i,), (j,), (j,)], partial(_pushed, **rest), grad / normalizer)
     return sums.rounded(needs)

@@ -41,9 +41,14 @@ def log_posterior(x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_
 def posterior_mean(
     x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(mean [B, D], lse [B])."""
+    """(mean [B, D], lse [2, B]): each row's largest logit and the logarithm of the sum of e^(logit - largest).
+
+    Two numbers, because at t = 0 the largest is 1e7 and its last digit in float32 is worth more than the logarithm.
+    """
     logits = log_posterior(x_t, bank, signal, sigma, log_prior)
-    return (_centre(bank) + _shift(bank, logits)).to(x_t.dtype), logits.logsumexp(1)
+    largest = logits.detach().amax(1, keepdim=True)
+    lse = torch.stack([largest[:, 0], (logits - largest).logsumexp(1)])
+    return (_centre(bank) + _shift(bank, logits)).to(x_t.dtype), lse
 
 
 def _shift(bank: Tensor, logits: Tensor) -> Tensor:
@@ -63,25 +68,29 @@ def posterior_mean_bwd(
     lse: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """The vjp part by part. With lse and the mean m constant, sum_j e^(l_ij - lse_i) (b_j - m_i) has the derivative of
-    sum_j softmax_j(l_ij) b_j, and a part of the bank its own terms.
+    """The vjp part by part: with w and m the weights and the mean as constants, the derivative of
+    sum_j w_ij (1 + l_ij - const) (b_j - m_i) is that of the mean, and each part of the bank has its own terms.
     """
     acc = accumulator(x_t.dtype)
     x, s, sd, centre = x_t.to(acc), signal.to(acc), sigma.to(acc), _centre(bank)
-    # `out` is rounded to x_t's type; the derivative of a saturated softmax would show it.
-    mean = _shift(bank, log_posterior(x_t, bank, signal, sigma, log_prior))
-    prior = (log_prior.to(acc) if log_prior.numel() else x.new_zeros(len(bank))).split(_PART)
+    # From the logits again, not from `out` and `lse`, which are rounded: this is what others are measured by.
+    logits = log_posterior(x_t, bank, signal, sigma, log_prior)
+    mean, weights = _shift(bank, logits), logits.softmax(1).split(_PART, 1)
     grad_x, grad_bank = torch.zeros_like(x), []
-    for part, bias in zip(bank.split(_PART), prior, strict=True):
+    for w, part in zip(weights, bank.split(_PART), strict=True):
 
-        def share(x: Tensor, rows: Tensor, bias: Tensor = bias) -> Tensor:
-            p = (_logits(x, rows, s, sd, centre) + bias - lse[:, None]).exp()
+        def share(x: Tensor, rows: Tensor, w: Tensor = w) -> Tensor:
+            l = _logits(x, rows, s, sd, centre)
+            p = w * (1 + l - l.detach())
             return p @ (rows - centre) - p.sum(1, keepdim=True) * mean
 
         g_x, g_rows = torch.func.vjp(share, x, part.to(acc))[1](grad.to(acc))
         grad_x += g_x
-        grad_bank.append(g_rows.to(bank.dtype) if needs[1] else g_rows.new_empty(0, dtype=bank.dtype))
-    return grad_x.to(x_t.dtype) if needs[0] else x_t.new_empty(0), torch.cat(grad_bank)
+        grad_bank.append(g_rows.to(bank.dtype))
+    return (
+        grad_x.to(x_t.dtype) if needs[0] else x_t.new_empty(0),
+        torch.cat(grad_bank) if needs[1] else bank.new_empty(0),
+    )
 
 
 def posterior_draw(
