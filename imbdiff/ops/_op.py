@@ -143,11 +143,11 @@ class _Derivative(torch.autograd.Function):
             bwd = _CALLS[f"{ctx.name}_bwd_{ctx.backend}"]
             got = derivative(bwd, needs, grads, args, tensors[: ctx.kept])  # type: ignore[misc]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            got = [g if g is None else _NoSecondDerivative.apply(ctx.name, g, *grads, *tensors) for g in got]
+            got = [g if g is None else NoSecondDerivative.apply(ctx.name, g, *grads, *tensors) for g in got]
         return (None, None, None, *got, *[None] * (len(needs) - len(got)))
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
     """Without it `create_graph=True` would give gradients that a second backward silently takes for constants."""
 
     @staticmethod

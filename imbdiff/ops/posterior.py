@@ -108,7 +108,6 @@ def posterior_draw(
     x, rows = x.detach(), rows.detach()
     B, N = len(x), len(rows)
     _check.tensor(op, "u", u, (B,), "[B]", like=x_t)
-    _check.values(op, "u", u, lambda u: (u >= 0) & (u < 1), "in [0, 1)")
     _check.tensor(op, "own", own, (B,), "[B]", like=x_t, dtypes=(torch.int64,))
     chosen = _check.choice(op, "gate", gate, reference.GATES)
     counts = [x.new_empty(0, dtype=torch.float64)] * 2
@@ -118,6 +117,7 @@ def posterior_draw(
         counts = [
             _counts(op, *c, x_t) for c in (("counts_x", counts_x, B, "[B]"), ("counts_bank", counts_bank, N, "[N]"))
         ]
+    _check.values(op, "u", u, lambda u: (u >= 0) & (u < 1), "in [0, 1)")
     backend = _backends.choose(op, x_t)
     return call(op, backend, x, rows, s, noise, u.double().contiguous(), own.contiguous(), *counts, prior, chosen)[0]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops import _backends, _check, contrast, cosine
-from imbdiff.ops._op import REGISTRY, overload
+from imbdiff.ops._op import REGISTRY, NoSecondDerivative, overload
 
 
 def _dispersive(x: Tensor, flatten: contrast.Flatten, tau: float, include_self: bool = True) -> tuple[Any, ...]:
@@ -99,6 +99,8 @@ class _Tap(torch.autograd.Function):
             (own,) = derivative(bwd, ctx.needs_input_grad, (grad_loss,), inputs, kept)  # type: ignore[misc]
         grad = grad_h
         if own is not None:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                own = NoSecondDerivative.apply(name, own, grad_loss, h)
             ordered = h.permute(ctx.order)
             inverse = [ctx.order.index(d) for d in range(h.ndim)]
             own = own.view(ordered.shape).permute(inverse)
