@@ -38,11 +38,36 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         "reference": Capability("any", (*_LOW, torch.float64)),
         "cpu": Capability("cpu", (*_LOW, torch.float64)),
     },
+    **{
+        op: {"reference": Capability("any", (*_LOW, torch.float64))}
+        for op in (
+            "distance_hinge",
+            "cosine_contrastive",
+            "supcon",
+            "gaussian_divergence",
+            "gaussian_overlap",
+            "product_of_gaussians",
+            "posterior_mean",
+            "posterior_draw",
+            "knn_radius",
+            "ball_count",
+        )
+    },
 }
 
 PREFERRED: dict[str, tuple[str, ...]] = {
     "two_branch": ("cpu", "reference"),
     "negative_distance": ("cpu", "reference"),
+    "distance_hinge": ("reference",),
+    "cosine_contrastive": ("reference",),
+    "supcon": ("reference",),
+    "gaussian_divergence": ("reference",),
+    "gaussian_overlap": ("reference",),
+    "product_of_gaussians": ("reference",),
+    "posterior_mean": ("reference",),
+    "posterior_draw": ("reference",),
+    "knn_radius": ("reference",),
+    "ball_count": ("reference",),
 }
 """What `auto` tries in turn; a back end enters when a committed measurement says that it is the faster one."""
 

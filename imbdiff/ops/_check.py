@@ -6,7 +6,7 @@ Order: type, device, rank, shape, dtype, values. Message: operation, argument, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +67,34 @@ def constant(op: str, name: str, value: Tensor) -> Tensor:
     if value.requires_grad:
         raise ValueError(f"{op}: {name} is a constant of this operation; pass {name}.detach(), got requires_grad=True")
     return value
+
+
+def positive(op: str, name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def choice(op: str, name: str, value: str, names: Sequence[str]) -> int:
+    """The index of `value` among `names`."""
+    if value not in names:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+    return names.index(value)
+
+
+def values(op: str, name: str, value: Tensor, allowed: Callable[[Tensor], Tensor], symbols: str) -> Tensor:
+    """Refuses values on the CPU only: elsewhere, and while compiling, looking at them would wait for the device."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((good := allowed(value)).all()):
+        raise ValueError(f"{op}: {name} must be {symbols}, got {value[~good][0].item():g} in {describe(value)}")
+    return value
+
+
+def row_weight(op: str, weight: Tensor | None, x: Tensor) -> Tensor:
+    """[N] in the accumulator's type, or empty for all ones."""
+    acc = accumulator(x.dtype)
+    if weight is None:
+        return x.new_empty(0, dtype=acc)
+    return constant(op, "weight", tensor(op, "weight", weight, x.shape[:1], "[N]", like=x)).to(acc).contiguous()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

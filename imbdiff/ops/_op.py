@@ -41,6 +41,8 @@ class Op:
     """(back end, ...) -> outputs as that back end allocates them: new and contiguous."""
     outputs: int = 1
     """How many of the outputs `call` returns; the others are kept for the backward."""
+    keeps_all: bool = False
+    """Whether the outputs that `call` returns are kept too."""
     reference_bwd: Callable[..., Any] | None = None
     """Plain torch, usually `torch.func.vjp` of the reference; None: the operation has no derivative."""
     fake_bwd: Callable[..., Any] | None = None
@@ -49,7 +51,7 @@ class Op:
 
     `bwd` is the backward operation of the same back end, `needs` says of each tensor (lists spread out) whether its
     gradient is wanted, `grads` are the outputs' gradients, None where an output was not used, `saved` the outputs that
-    `call` kept.
+    are kept.
     """
 
 
@@ -121,10 +123,11 @@ class _Derivative(torch.autograd.Function):
         out = _CALLS[f"{name}_{backend}"](*args)
         out = out if isinstance(out, tuple) else (out,)
         n = REGISTRY[name].outputs
+        kept = out if REGISTRY[name].keeps_all else out[n:]
         ctx.set_materialize_grads(False)
-        ctx.name, ctx.backend, ctx.lengths, ctx.kept = name, backend, lengths, len(out) - n
+        ctx.name, ctx.backend, ctx.lengths, ctx.kept = name, backend, lengths, len(kept)
         ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
-        ctx.save_for_backward(*out[n:], *[x for x in flat if isinstance(x, Tensor)])
+        ctx.save_for_backward(*kept, *[x for x in flat if isinstance(x, Tensor)])
         return out[0] if n == 1 else out[:n]
 
     @staticmethod
@@ -140,11 +143,11 @@ class _Derivative(torch.autograd.Function):
             bwd = _CALLS[f"{ctx.name}_bwd_{ctx.backend}"]
             got = derivative(bwd, needs, grads, args, tensors[: ctx.kept])  # type: ignore[misc]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            got = [g if g is None else _NoSecondDerivative.apply(ctx.name, g, *grads, *tensors) for g in got]
+            got = [g if g is None else NoSecondDerivative.apply(ctx.name, g, *grads, *tensors) for g in got]
         return (None, None, None, *got, *[None] * (len(needs) - len(got)))
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
     """Without it `create_graph=True` would give gradients that a second backward silently takes for constants."""
 
     @staticmethod

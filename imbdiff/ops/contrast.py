@@ -1,4 +1,4 @@
-"""Losses that push the rows of a batch of features apart."""
+"""Losses that push the rows of a batch of features apart by their distances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from imbdiff.ops import _backends, _check
 from imbdiff.ops._op import Op, call, register
 from imbdiff.ops.reference import contrast as reference
 
-_OP = "negative_distance_loss"
+Flatten = Callable[[Tensor], Tensor]
+"""[B, ...] to dense rows [B, D]; another order of the D columns than the shape's is another `Flatten`."""
 
 
 def negative_distance_loss(
@@ -53,29 +54,91 @@ def negative_distance_loss(
     Equivalent torch code: `imbdiff/ops/reference/contrast.py`. Source: Wang & He 2025, "Diffuse and disperse"; the row
     form without self terms: Wang & Isola 2020, "Alignment and uniformity", eq. 9.
     """
-    _check.tensor(_OP, "x", x, symbols="[N, ...]")
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"{_OP}: tau must be a positive finite number, got {tau!r}")
-    rows = _check.rows(x)
-    N, D = rows.shape
-    acc = _check.accumulator(x.dtype)
+    rest = negative_distance_arguments(
+        x, _check.rows, tau, per_dim, include_self, per_row, weight=weight, negatives=negatives
+    )
+    return call("negative_distance", _backends.choose("negative_distance", x), _check.rows(x), *rest)[0]
+
+
+def negative_distance_arguments(
+    x: Tensor,
+    flatten: Flatten,
+    tau: float,
+    per_dim: bool = False,
+    include_self: bool = True,
+    per_row: bool = False,
+    weight: Tensor | None = None,
+    negatives: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """The operation's arguments after the rows, checked."""
+    op = "negative_distance_loss"
+    _check.tensor(op, "x", x, symbols="[N, ...]")
+    scale = 1 / (_check.positive(op, "tau", tau) * (width(x) if per_dim else 1))
+    others = negative_rows(op, x, negatives, flatten)
+    if weight is not None and not per_row:
+        raise ValueError(f"{op}: weight multiplies the rows' logarithms, so it needs per_row=True")
+    return others, _check.row_weight(op, weight, x), scale, include_self, per_row
+
+
+def distance_hinge_loss(x: Tensor, *, margin: float, per_dim: bool = False) -> Tensor:
+    r"""Mean squared shortfall of the squared distances between the rows of a batch.
+
+        E_ij = |x_i - x_j|^2                                                              / D with per_dim
+        loss = 1/(N (N - 1)) sum over i != j of max(0, margin - E_ij)^2
+
+    Args:
+        x: [N, ...] features, float32, float64, bfloat16 or float16; flattened to rows of D.
+        margin: positive and finite, in units of E.
+        per_dim: divide distances by D.
+
+    Returns:
+        [] float32 (float64 for float64). N < 2 gives 0 and zero gradient. Rows never count against themselves, so the
+        minimum is 0; with the self terms the published mean is (N - 1)/N of this plus margin^2 / N.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, dtype or value; the message names it.
+
+    Deterministic. Distances as in `negative_distance_loss`. Equivalent torch code:
+    `imbdiff/ops/reference/contrast.py`. Source: Wang & He 2025, "Diffuse and disperse", the hinge variant.
+    """
+    rest = distance_hinge_arguments(x, _check.rows, margin, per_dim)
+    return call("distance_hinge", _backends.choose("distance_hinge", x), _check.rows(x), *rest)[0]
+
+
+def distance_hinge_arguments(x: Tensor, flatten: Flatten, margin: float, per_dim: bool = False) -> tuple[Any, ...]:
+    op = "distance_hinge_loss"
+    _check.tensor(op, "x", x, symbols="[N, ...]")
+    return _check.positive(op, "margin", margin), 1 / width(x) if per_dim else 1.0
+
+
+def width(x: Tensor) -> int:
+    """D, and 1 for rows of nothing, which are divided by it."""
+    return max(math.prod(x.shape[1:]), 1)
+
+
+def negative_rows(op: str, x: Tensor, negatives: Tensor | None, flatten: Flatten) -> Tensor:
+    """[M, D] further rows, in the order of columns of x's."""
     if negatives is None:
-        others = rows.new_empty(0, D)
-    else:
-        _check.tensor(_OP, "negatives", negatives, (None, *x.shape[1:]), "[M, ...] with x's row shape", like=x)
-        _check.same_dtype(_OP, "x", x, "negatives", negatives)
-        others = _check.rows(_check.constant(_OP, "negatives", negatives))
-    if weight is None:
-        weight = rows.new_empty(0, dtype=acc)
-    else:
-        if not per_row:
-            raise ValueError(f"{_OP}: weight multiplies the rows' logarithms, so it needs per_row=True")
-        _check.constant(_OP, "weight", _check.tensor(_OP, "weight", weight, (N,), "[N]", like=x))
-    scale = 1.0 / (tau * (max(D, 1) if per_dim else 1))
-    backend = _backends.choose("negative_distance", x)
-    return call("negative_distance", backend, rows, others, weight.to(acc).contiguous(), scale, include_self, per_row)[
-        0
-    ]
+        return x.new_empty(0, math.prod(x.shape[1:]))
+    _check.tensor(op, "negatives", negatives, (None, *x.shape[1:]), "[M, ...] with x's row shape", like=x)
+    return flatten(_check.constant(op, "negatives", _check.same_dtype(op, "x", x, "negatives", negatives)))
+
+
+def loss_backward(
+    bwd: Callable[..., Tensor],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    saved: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Of every loss of rows: bwd(grad, tensors, what was kept, settings) is the gradient of the rows."""
+    (grad,) = grads
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    return [None if grad is None else bwd(grad.contiguous(), *tensors, *saved, *inputs[len(tensors) :])]
+
+
+def loss_fake_bwd(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _fake(
@@ -92,19 +155,9 @@ def _keeps_distances(backend: str, N: int, M: int, D: int) -> bool:
     return backend in ("cpu", "cuda") and 0 < N <= 1024 and N + M <= 4096 and D >= 1024
 
 
-def _fake_bwd(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _backward(
-    bwd: Callable[..., Tensor],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor | None],
-    inputs: Sequence[Any],
-    saved: Sequence[Tensor],
-) -> list[Tensor | None]:
-    (grad,), (x, negatives, weight, *settings) = grads, inputs
-    return [None if grad is None else bwd(grad.contiguous(), x, negatives, weight, *saved, *settings)]
+def _fake_hinge(backend: str, x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
+    acc = _check.accumulator(x.dtype)
+    return x.new_empty((), dtype=acc), x.new_empty(0, dtype=acc)
 
 
 register(
@@ -114,7 +167,18 @@ register(
         reference.negative_distance,
         _fake,
         reference_bwd=reference.negative_distance_bwd,
-        fake_bwd=_fake_bwd,
-        backward=_backward,
+        fake_bwd=loss_fake_bwd,
+        backward=loss_backward,
+    )
+)
+register(
+    Op(
+        "distance_hinge",
+        "contrast",
+        reference.distance_hinge,
+        _fake_hinge,
+        reference_bwd=reference.distance_hinge_bwd,
+        fake_bwd=loss_fake_bwd,
+        backward=loss_backward,
     )
 )

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from imbdiff.ops import _check
+from imbdiff.ops import _backends, _check
+from imbdiff.ops._op import Op, call, register, wanted
 from imbdiff.ops.reference import posterior as reference
 
 Gate = Literal["t2h", "h2t", "full"]
 
 
-def _check_common(
+def _common(
     op: str, x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor | None
-) -> tuple[int, int]:
+) -> tuple[Tensor, ...]:
+    """Checked, and as the schemas want them: rows, and small tensors in the accumulator's type."""
     _check.tensor(op, "x_t", x_t, symbols="[B, ...]")
     _check.tensor(op, "bank", bank, (None, *x_t.shape[1:]), "[N, ...] with x_t's row shape", like=x_t)
     _check.same_dtype(op, "x_t", x_t, "bank", bank)
-    B, N = len(x_t), len(bank)
+    B, N, acc = len(x_t), len(bank), _check.accumulator(x_t.dtype)
     if N == 0 and B > 0:
         raise ValueError(f"{op}: bank must have at least one row, got {_check.describe(bank)}")
+    small = []
     for name, value in (("signal", signal), ("sigma", sigma)):
-        _check.tensor(op, name, value, (B,), "[B]", like=x_t)
-    if log_prior is not None:
-        _check.tensor(op, "log_prior", log_prior, (N,), "[N]", like=x_t)
-    return B, N
+        _check.constant(op, name, _check.tensor(op, name, value, (B,), "[B]", like=x_t))
+        small.append(value.to(acc).contiguous())
+    if log_prior is None:
+        small.append(x_t.new_empty(0, dtype=acc))
+    else:
+        _check.constant(op, "log_prior", _check.tensor(op, "log_prior", log_prior, (N,), "[N]", like=x_t))
+        small.append(log_prior.to(acc).contiguous())
+    return _check.rows(x_t), _check.rows(bank), *small
 
 
 def posterior_mean(
@@ -54,8 +62,9 @@ def posterior_mean(
     Deterministic; logits in float32 (float64 for float64). Equivalent torch code:
     `imbdiff/ops/reference/posterior.py`. Source: Xu et al. 2023, "Stable target field", eq. 7.
     """
-    _check_common("posterior_mean", x_t, bank, signal, sigma, log_prior)
-    return reference.posterior_mean(x_t, bank, signal, sigma, log_prior)
+    op = "posterior_mean"
+    arguments = _common(op, x_t, bank, signal, sigma, log_prior)
+    return call(op, _backends.choose(op, x_t), *arguments)[0].view(x_t.shape)
 
 
 def posterior_draw(
@@ -95,19 +104,65 @@ def posterior_draw(
     Source: Zhang et al. 2024, "Long-tailed diffusion models with oriented calibration", section 4.
     """
     op = "posterior_draw"
-    B, N = _check_common(op, x_t, bank, signal, sigma, log_prior)
+    x, rows, s, noise, prior = _common(op, x_t, bank, signal, sigma, log_prior)
+    x, rows = x.detach(), rows.detach()
+    B, N = len(x), len(rows)
     _check.tensor(op, "u", u, (B,), "[B]", like=x_t)
     _check.tensor(op, "own", own, (B,), "[B]", like=x_t, dtypes=(torch.int64,))
-    if gate not in ("t2h", "h2t", "full"):
-        raise ValueError(f"{op}: gate must be 't2h', 'h2t' or 'full', got {gate!r}")
-    accept = None
+    chosen = _check.choice(op, "gate", gate, reference.GATES)
+    counts = [x.new_empty(0, dtype=torch.float64)] * 2
     if gate != "full":
         if counts_x is None or counts_bank is None:
             raise ValueError(f"{op}: gate {gate!r} compares class frequencies; pass counts_x [B] and counts_bank [N]")
-        counted = (*_check.FLOATS, torch.int64, torch.int32)
-        _check.tensor(op, "counts_x", counts_x, (B,), "[B]", like=x_t, dtypes=counted)
-        _check.tensor(op, "counts_bank", counts_bank, (N,), "[N]", like=x_t, dtypes=counted)
-        more = counts_bank[None] - counts_x[:, None]
-        accept = more >= 0 if gate == "t2h" else more <= 0
-    with torch.no_grad():
-        return reference.posterior_draw(x_t, bank, signal, sigma, u, own, accept, log_prior)
+        counts = [
+            _counts(op, *c, x_t) for c in (("counts_x", counts_x, B, "[B]"), ("counts_bank", counts_bank, N, "[N]"))
+        ]
+    _check.values(op, "u", u, lambda u: (u >= 0) & (u < 1), "in [0, 1)")
+    backend = _backends.choose(op, x_t)
+    return call(op, backend, x, rows, s, noise, u.double().contiguous(), own.contiguous(), *counts, prior, chosen)[0]
+
+
+def _counts(op: str, name: str, value: Tensor, size: int, symbols: str, like: Tensor) -> Tensor:
+    counted = (*_check.FLOATS, torch.int64, torch.int32)
+    _check.tensor(op, name, value, (size,), symbols, like=like, dtypes=counted)
+    return _check.values(op, name, value, lambda c: c > 0, "positive").double().contiguous()
+
+
+def _fake_mean(backend: str, x_t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    acc = _check.accumulator(x_t.dtype)
+    return x_t.new_empty(x_t.shape), x_t.new_empty(2, x_t.shape[0], dtype=acc)
+
+
+def _fake_mean_bwd(grad: Tensor, x_t: Tensor, bank: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    of_x, of_bank = rest[-1]
+    return x_t.new_empty(x_t.shape if of_x else (0,)), bank.new_empty(bank.shape if of_bank else (0,))
+
+
+def _mean_backward(
+    bwd: Callable[..., Any],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    saved: Sequence[Tensor],
+) -> list[Tensor | None]:
+    (grad,), two = grads, list(needs[:2])
+    return [None, None] if grad is None else wanted(bwd(grad.contiguous(), *inputs, *saved, two), two)
+
+
+def _fake_draw(backend: str, x_t: Tensor, *rest: Any) -> Tensor:
+    return x_t.new_empty(x_t.shape[0], dtype=torch.int64)
+
+
+register(
+    Op(
+        "posterior_mean",
+        "posterior",
+        reference.posterior_mean,
+        _fake_mean,
+        keeps_all=True,
+        reference_bwd=reference.posterior_mean_bwd,
+        fake_bwd=_fake_mean_bwd,
+        backward=_mean_backward,
+    )
+)
+register(Op("posterior_draw", "posterior", reference.posterior_draw, _fake_draw))

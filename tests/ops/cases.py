@@ -2,28 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an operation: the low-level arguments, and which of them are rows with gradient."""
-
-    op: str
-    label: str
-    make: Callable[[torch.dtype], tuple[Any, ...]]
-    leaves: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], list[Tensor]]]
-    """The arguments with fresh leaves in place of the differentiable rows, layout kept; and those leaves."""
-    outputs: int
-    """How many leading outputs are differentiable."""
-    condition: Callable[[tuple[Any, ...]], float]
-    """Relative size of what cancels on the way to the result: it loses eps times this."""
-    rounds_rows: bool = False
-    """Whether centred rows are rounded to their own type before they are multiplied, as torch's own product does."""
+from . import cases_pairwise
+from .case import Case
 
 
 def _two_branch(B: int, D: int, K: int, margins: list[float], layout: str) -> Callable[[torch.dtype], tuple[Any, ...]]:
@@ -133,3 +118,4 @@ CASES += [
         (0, 6, 2, True, False, False, "dense", 0.0),
     ]
 ]
+CASES += cases_pairwise.CASES
