@@ -1,4 +1,4 @@
-"""One training step of the digits demo with CBDM: with the compiled operations, and with their plain-torch references."""
+"""One training step of the digits demo with CBDM: with the compiled operations, and with their references."""
 
 from dataclasses import replace
 
