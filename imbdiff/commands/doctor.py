@@ -65,8 +65,13 @@ def show_backends(console: Console) -> None:
     from imbdiff.ops._op import BACKENDS, REGISTRY
 
     say(console, f"operations: {', '.join(REGISTRY)}; schemas {SCHEMA_HASH}")
+    for path in _backends.LIBRARIES.values():
+        say(console, f"  {path.name:12} {'built' if path.exists() else 'not built'}")
+    say(console, "back ends:")
+    chosen = {backend for backends in _backends.PREFERRED.values() for backend in backends}
     for backend in BACKENDS:
-        say(console, f"  {backend:12} {_backends.PROBLEMS.get(backend, 'ready')}")
+        ready = "ready" if backend in chosen else f'ready, where ops.use("{backend}") asks for it'
+        say(console, f"  {backend:12} {_backends.PROBLEMS.get(backend, ready)}")
 
 
 def version(package: str) -> str | None:

@@ -37,6 +37,8 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "negative_distance": {
         "reference": Capability("any", (*_LOW, torch.float64)),
         "cpu": Capability("cpu", (*_LOW, torch.float64)),
+        "triton": Capability("cuda", _LOW),
+        "cuda": Capability("cuda", _LOW),
     },
     **{
         op: {"reference": Capability("any", (*_LOW, torch.float64))}
@@ -127,28 +129,35 @@ def _reasons(op: str, rows: Tensor, others: int) -> str:
     return "; ".join(f"{b}: {refusal(op, b, rows, others) or 'can'}" for b in BACKENDS)
 
 
+LIBRARIES = {backend: Path(__file__).parents[1] / file for backend, file in [("cpu", "_C.so"), ("cuda", "_C_cuda.so")]}
+_COMPILERS = {"cpu": "a C++ compiler", "cuda": "nvcc"}
+
+
 def load() -> None:
     """Load the compiled libraries that fit this torch, and note why the others are not there."""
-    found = {"cpu": _load("_C.so", "cpu"), "cuda": _load("_C_cuda.so", "cuda"), "triton": _find_triton()}
+    found = {**{backend: _load(path, backend) for backend, path in LIBRARIES.items()}, "triton": _find_triton()}
     PROBLEMS.update({backend: reason for backend, reason in found.items() if reason})
 
 
-def _load(file: str, backend: str) -> str | None:
-    path = Path(__file__).parents[1] / file
+def _load(path: Path, backend: str) -> str | None:
+    file, build = path.name, f"IMBDIFF_BUILD={backend} pip install --no-build-isolation ."
     if not path.exists():
-        return f"{file} was not built; reinstall with a compiler present: pip install --no-build-isolation ."
+        return f"{file} was not built; with {_COMPILERS[backend]}: {build}"
     if backend == "cuda" and torch.version.cuda is None:
-        return f"{file} is built, but this torch is a CPU build"
+        return f"{file} is built, but this torch is a CPU build: install a CUDA build of torch"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{file} does not load: {error}"
+        return f"{file} does not load: {error}; build it again: {build}"
     if (built := overload(f"schema_hash_{backend}")()) != int(SCHEMA_HASH, 16):
         raise ImportError(
-            f"{path} was built from other schemas ({built:x}, this source has {SCHEMA_HASH}); build it again: "
-            "pip install --no-build-isolation ."
+            f"{path} was built from other schemas ({built:x}, this source has {SCHEMA_HASH}); build it again: {build}"
         )
-    return None
+    return None if backend == "cpu" else _no_gpu()
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
 def _find_triton() -> str | None:
@@ -156,4 +165,4 @@ def _find_triton() -> str | None:
 
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+    return _no_gpu()
