@@ -105,15 +105,13 @@ def compile_command(source: str, home: Path) -> list[str]:
 
 def compile_one(source: str, folder: Path, home: Path) -> str:
     """The object of one file. Installing again (make demo, test and lint each do) compiles only what changed."""
-    target = folder / f"{Path(source).stem}.o"
-    command = [*compile_command(source, home), "-o", str(target)]
-    room = ROOT / Path(source).parent
-    read = [Path(__file__), *room.iterdir(), *(ROOT / "csrc" / "common").iterdir()]
-    log = target.with_suffix(".log")  # the command, then what the compiler said of it
+    target, log = (folder / f"{Path(source).stem}{end}" for end in (".o", ".log"))
+    command = compile_command(source, home)
+    read = [Path(__file__), *(ROOT / source).parent.iterdir(), *(ROOT / "csrc" / "common").iterdir()]
     old = log.read_text().split("\n", 1)[0] if log.exists() and target.exists() else None
     if old != shlex.join(command) or target.stat().st_mtime < max(path.stat().st_mtime for path in read):
         log.unlink(missing_ok=True)
-        said = run(command)
+        said = run([*command, "-o", str(target)])
         log.write_text(f"{shlex.join(command)}\n{said}")
     return str(target)
 
@@ -170,7 +168,7 @@ def wanted() -> list[str]:
     choice = os.environ.get("IMBDIFF_BUILD") or "auto"
     if choice not in choices:
         raise SystemExit(f"IMBDIFF_BUILD must be one of {', '.join(choices)}, got {choice!r}")
-    if {"egg_info", "dist_info"} & set(sys.argv):
+    if sys.argv[1:2] in (["egg_info"], ["dist_info"]):
         return []  # pip runs this file for the metadata first: nothing is built then, nothing has to be said
     for n, backend in enumerate(choices[choice]):
         reason = missing_cpu() if backend == "cpu" else missing_cuda()
