@@ -14,82 +14,17 @@ from imbdiff.ops import _backends, _op
 from imbdiff.ops._op import REGISTRY, call, overload
 
 from .cases import CASES
+from .rules import back_ends, check_deterministic, check_values_and_gradients, gradients, rows, runs
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def at_hand(op: str) -> list[str]:
-    """Back ends that can run on the CPU here."""
-    rows = torch.zeros(1, 1)
-    return [b for b in _backends.CAPABILITIES[op] if not _backends.refusal(op, b, rows)]
-
-
-RUNS = [
-    pytest.param(case, backend, dtype, id=f"{case.op}-{case.label}-{backend}-{str(dtype)[6:]}")
-    for case in CASES
-    for backend in at_hand(case.op)
-    for dtype in DTYPES
-    if dtype in _backends.CAPABILITIES[case.op][backend].dtypes
-]
-
-
-def rows(args):
-    """The first tensor among the arguments."""
-    return args[0][0] if isinstance(args[0], list) else args[0]
-
-
-def upstream(out):
-    return [torch.randn_like(o) if o.is_floating_point() else o for o in out]
-
-
-def gradients(case, backend, args, grads):
-    args, fresh = case.leaves(args)
-    out = call(case.op, backend, *args)
-    used = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
-    loss = sum((o * g.to(o)).sum() for o, g in used)
-    got = torch.autograd.grad(loss, fresh) if used and rows(args).numel() else [torch.zeros_like(x) for x in fresh]
-    return [o.detach() for o in out], list(got)
-
-
-def double(value):
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    return [double(v) for v in value] if isinstance(value, list) else value
-
-
-def error_ratio_holds(got, plain, exact, factor, eps, condition):
-    """err(kernel) <= factor * (err(plain torch) + eps * max|exact| * (1 + condition)), and finite.
-
-    `condition` is the relative size of what cancels; eps is that of the result, or of the rows where they are rounded.
-    """
-    if not exact.numel():
-        return got.shape == exact.shape
-    size = max(float(exact.abs().max()), float(condition > 0 and exact.ndim == 0))
-    bound = factor * (float((plain.double() - exact).abs().max()) + eps * size * (1 + condition))
-    return bool(got.isfinite().all()) and float((got.double() - exact).abs().max()) <= bound
+RUNS, FLOAT32 = runs("cpu"), runs("cpu", [torch.float32])
 
 
 @pytest.mark.parametrize(("case", "backend", "dtype"), RUNS)
 def test_values_and_gradients(case, backend, dtype):
-    args = case.make(dtype)
-    shapes = call(case.op, "reference", *args)
-    grads = upstream(shapes)
-    exact = gradients(case, "reference", tuple(double(a) for a in args), [g.double() for g in grads])
-    plain = gradients(case, "reference", args, grads)
-    got = gradients(case, backend, args, grads)
-    for part, factor in ((0, 2), (1, 3)):
-        for g, p, e in zip(got[part], plain[part], exact[part], strict=True):
-            assert g.dtype == p.dtype
-            assert g.shape == e.shape
-            if not e.is_floating_point():
-                assert torch.equal(g, e)
-                continue
-            condition = case.condition(args)
-            eps = torch.finfo(dtype if case.rounds_rows else g.dtype).eps
-            assert error_ratio_holds(g, p, e, factor, eps, condition)
+    check_values_and_gradients(case, backend, dtype, "cpu")
 
 
-@pytest.mark.parametrize(("case", "backend", "dtype"), [r for r in RUNS if "float32" in r.id])
+@pytest.mark.parametrize(("case", "backend", "dtype"), FLOAT32)
 def test_outputs_are_new_and_laid_out_as_the_fake_says(case, backend, dtype):
     args = case.make(dtype)
     out = _flat(overload(f"{case.op}_{backend}")(*args))
@@ -99,7 +34,7 @@ def test_outputs_are_new_and_laid_out_as_the_fake_says(case, backend, dtype):
         assert o.is_contiguous()
 
 
-@pytest.mark.parametrize(("case", "backend", "dtype"), [r for r in RUNS if "float32" in r.id])
+@pytest.mark.parametrize(("case", "backend", "dtype"), FLOAT32)
 def test_opcheck(case, backend, dtype, monkeypatch):
     """Both directions; the backward with the arguments that a training step gives it."""
     args, leaves = case.leaves(case.make(dtype))
@@ -132,7 +67,7 @@ def _detached(value):
     return [_detached(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(("case", "backend", "dtype"), [r for r in RUNS if "float32" in r.id])
+@pytest.mark.parametrize(("case", "backend", "dtype"), FLOAT32)
 def test_every_subset_of_requires_grad(case, backend, dtype):
     args = case.make(dtype)
     shapes = call(case.op, "reference", *args)
@@ -159,7 +94,7 @@ def test_every_subset_of_requires_grad(case, backend, dtype):
 @pytest.mark.parametrize("op", [op for op in REGISTRY if REGISTRY[op].backward])
 def test_a_second_derivative_is_refused_by_name(op):
     case = next(c for c in CASES if c.op == op)
-    for backend in at_hand(op):
+    for backend in back_ends(op, "cpu"):
         args, fresh = case.leaves(case.make(torch.float32))
         out = call(op, backend, *args)[0]
         (g,) = torch.autograd.grad(out.sum(), fresh[:1], create_graph=True)
@@ -169,19 +104,9 @@ def test_a_second_derivative_is_refused_by_name(op):
 
 @pytest.mark.parametrize("op", REGISTRY)
 def test_deterministic_over_repeats_and_threads(op):
-    case = max((c for c in CASES if c.op == op), key=lambda c: rows(c.make(torch.float32)).numel())
-    args = case.make(torch.float32)
-    for backend in [b for b in at_hand(op) if b != "reference"]:
-        grads = [torch.ones_like(o) for o in call(op, "reference", *args)]
-        first = gradients(case, backend, args, grads)
-        try:
-            for repeat in range(20):
-                torch.set_num_threads(1 + repeat % 2)
-                again = gradients(case, backend, args, grads)
-                for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]], strict=True):
-                    assert torch.equal(a, b)
-        finally:
-            torch.set_num_threads(1)
+    for backend in back_ends(op, "cpu"):
+        if backend != "reference":
+            check_deterministic(op, backend, "cpu")
 
 
 CAPABILITIES = ["default", "avx2", "avx512"]
@@ -192,8 +117,8 @@ def test_every_instruction_set(capability):
     """The same values and gradients under each: this file again, with the choice forced."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower()):
         pytest.skip(f"this processor has no {capability}")
-    if "cpu" not in at_hand("two_branch"):
-        pytest.skip("the compiled CPU library is not built")
+    if "cpu" not in back_ends("two_branch", "cpu"):
+        pytest.skip(f"no compiled CPU library: {_backends.PROBLEMS['cpu']}")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", "test_values_and_gradients and cpu"],
