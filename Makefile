@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu asan clean
 
 demo: .venv/demo
 	$(BIN)/imbdiff demo
@@ -15,6 +15,20 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# With the machine's own python, where torch sees a GPU; see bench/gpu.py.
+gpu:
+	$(PYTHON) bench/gpu.py
+
+# The operations' tests on a CPU library that checks every access and every undefined operation, in a copy of the package.
+# libstdc++ is preloaded too, or the sanitizer does not find what it wraps and ends the process at the first exception.
+ASAN := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+asan: .venv/test
+	mkdir -p build/asan
+	CXX='$(CXX) $(ASAN)' IMBDIFF_BUILD=cpu $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	cd build/asan && PYTHONPATH=$(CURDIR)/build/asan/lib ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadgroup $(CURDIR)/tests/ops
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -78,7 +78,9 @@ def build() -> str:
     if nvcc:
         return f"_C_cuda.so: built with {nvcc}"
     found = (BUILT / "lib" / "imbdiff" / "_C_cuda.so").exists()
-    return f"_C_cuda.so: no nvcc here, {'the one in imbdiff/ is taken' if found else 'and none in imbdiff/: not tested'}"
+    return (
+        f"_C_cuda.so: no nvcc here, {'the one in imbdiff/ is taken' if found else 'and none in imbdiff/: not tested'}"
+    )
 
 
 def records(report: Report, folder: Path, since: float) -> None:
