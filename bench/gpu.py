@@ -1,8 +1,8 @@
 """make gpu: everything that needs a GPU, in eight minutes: tests, compute-sanitizer, benchmarks, and what they said.
 
-Runs with the python it is started by, where torch, triton and pytest are importable: no virtual environment, no network.
-The package is built into build/gpu; without nvcc the imbdiff/_C_cuda.so that is there is taken along. Reports go to $OUT,
-else to bench/results/<device>.
+Runs with the python it is started by, where torch, triton and pytest are importable: no virtual environment, no
+network. The package is built into build/gpu; without nvcc the imbdiff/_C_cuda.so that is there is taken along. Reports
+go to $OUT, else to bench/results/<device>.
 """
 
 from __future__ import annotations
