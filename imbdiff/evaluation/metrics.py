@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imbdiff.evaluation.manifold import ball_count, knn_radius, nearest
+from imbdiff import ops
 from imbdiff.random import words
 
 
@@ -132,7 +132,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int) -> tuple[float | None, 
     def inside(query: Tensor, centre: Tensor) -> float | None:
         if not len(query) or k >= len(centre):
             return None
-        return float((ball_count(query, centre, knn_radius(centre, k)) > 0).double().mean())
+        balls, _ = ops.ball_count(query, centre, ops.knn_radius(centre, k, squared=True))
+        return float((balls > 0).double().mean())
 
     return inside(fake, real), inside(real, fake)
 
@@ -145,9 +146,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int) -> tuple[float | None, 
     """
     if not len(fake) or k >= len(real):
         return None, None
-    radius = knn_radius(real, k)
-    density = float(ball_count(fake, real, radius).double().mean()) / k
-    return density, float((nearest(real, fake) < radius).double().mean())
+    balls, inhabitants = ops.ball_count(fake, real, ops.knn_radius(real, k, squared=True))
+    return float(balls.double().mean()) / k, float((inhabitants > 0).double().mean())
 
 
 def label_accuracy(probabilities: Tensor, labels: Tensor) -> float | None:

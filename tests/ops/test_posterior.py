@@ -117,8 +117,63 @@ def test_images_keep_their_shape_and_empty_batches_work():
     assert none.shape == (0, 3, 4, 4)
 
 
-x, one = torch.zeros(2, 3), torch.ones(2)
+def test_a_common_offset_costs_no_digits():
+    """An offset of norm 100 moves x_t and the bank together; nothing else does."""
+    torch.manual_seed(0)
+    bank = torch.randn(12, 300, dtype=torch.float64)
+    signal, sigma = torch.full((12,), 0.5, dtype=torch.float64), torch.full((12,), 5.0, dtype=torch.float64)
+    x_t = signal[:, None] * bank + sigma[:, None] * torch.randn_like(bank)
+    offset = torch.randn(300, dtype=torch.float64)
+    offset *= 100 / offset.norm()
+    moved = [v.float() for v in (x_t + signal[:, None] * offset, bank + offset, signal, sigma)]
+    exact = ops.posterior_mean(*[v.double() for v in moved])
+    assert (exact - offset).abs().max() < 5
+    assert (ops.posterior_mean(*moved).double() - exact).abs().max() < 1e-5
+
+
+def test_two_copies_share_the_weight_at_the_largest_logits():
+    """At t = 0 logits are 1e7: the weights are halves all the same, and so is what the gradient is made of."""
+    bank = torch.randn(3, 3072)
+    bank[2] = bank[0]
+    args = (bank, torch.ones(3), torch.full((3,), 1e-2))
+    x_t = bank.clone().requires_grad_()
+    out = ops.posterior_mean(x_t, *args)
+    torch.testing.assert_close(out, bank, atol=1e-5, rtol=0)
+    rows = bank.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.posterior_mean(bank, rows, *args[1:]).sum(), rows)
+    torch.testing.assert_close(grad, torch.ones_like(grad), atol=1e-4, rtol=0)
+
+
+def test_a_bank_of_many_parts_is_one_softmax():
+    torch.manual_seed(1)
+    bank, x_t = torch.randn(9000, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    small = (torch.full((3,), 0.6, dtype=torch.float64), torch.full((3,), 0.8, dtype=torch.float64))
+    prior = torch.randn(9000, dtype=torch.float64)
+    leaves = (x_t.requires_grad_(), bank.requires_grad_())
+    got = ops.posterior_mean(*leaves, *small, log_prior=prior)
+    want = brute_force(x_t, bank, *small, prior) @ bank
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    grad = torch.randn_like(got)
+    for a, b in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_frequent_classes_are_never_moved_to_rarer_ones():
+    """And one image repeated gives that image whatever is drawn."""
+    torch.manual_seed(2)
+    x_t, counts = torch.randn(200, 4), torch.randint(1, 9, (200,))
+    own, u, level = torch.arange(200), torch.rand(200), torch.full((200,), 0.7)
+    drawn = ops.posterior_draw(x_t, x_t, level, level, u, own=own, counts_x=counts, counts_bank=counts)
+    assert (drawn != own).any()
+    assert (counts[drawn] >= counts).all()
+    same = x_t[:1].expand(200, 4)
+    z = ops.posterior_draw(x_t, same, level, level, u, own=own, gate="full")
+    assert torch.equal(same[z], same)
+
+
+x, one, half = torch.zeros(2, 3), torch.ones(2), torch.full((2,), 0.5)
 draw = {"own": torch.arange(2), "gate": "full"}
+gated = {"gate": "t2h", "counts_x": torch.tensor([4, 1]), "counts_bank": torch.tensor([4, 0])}
 
 
 @pytest.mark.parametrize(
@@ -129,10 +184,16 @@ draw = {"own": torch.arange(2), "gate": "full"}
         ((x, x.double(), one, one, one), draw, TypeError, "bank must have x_t's dtype"),
         ((x, x, one[:1], one, one), draw, ValueError, "signal must be \\[B\\] = \\[2\\]"),
         ((x, x, one, one, torch.ones(3)), draw, ValueError, "u must be \\[B\\]"),
-        ((x, x, one, one, one), {"own": one, "gate": "full"}, TypeError, "own must be one of int64"),
-        ((x, x, one, one, one), {**draw, "gate": "both"}, ValueError, "gate must be"),
-        ((x, x, one, one, one), {**draw, "gate": "t2h"}, ValueError, "pass counts_x"),
-        ((x, x, one, one, one), {**draw, "log_prior": one[:1]}, ValueError, "log_prior must be \\[N\\]"),
+        ((x, x, one, one, half), {"own": one, "gate": "full"}, TypeError, "own must be one of int64"),
+        ((x, x, one, one, half), {**draw, "gate": "both"}, ValueError, "gate must be one of 'full', 't2h', 'h2t', got"),
+        ((x, x, one, one, half), {**draw, "gate": "t2h"}, ValueError, "pass counts_x"),
+        ((x, x, one, one, half), {**draw, "log_prior": one[:1]}, ValueError, "log_prior must be \\[N\\]"),
+        ((x, x, one, one, one), draw, ValueError, r"u must be in \[0, 1\), got 1"),
+        ((x, x, one, one, -half), draw, ValueError, r"u must be in \[0, 1\), got -0.5"),
+        ((x, x, one, one, half / 0), draw, ValueError, r"u must be in \[0, 1\), got inf"),
+        ((x, x, one, one, half), {**draw, **gated}, ValueError, "counts_bank must be positive, got 0"),
+        ((x, x, one, one, half), {**draw, **gated, "counts_x": one[:1]}, ValueError, r"counts_x must be \[B\] = \[2\]"),
+        ((x, x, one, one.clone().requires_grad_(), half), draw, ValueError, "sigma is a constant"),
     ],
 )
 def test_refusals(args, more, error, text):

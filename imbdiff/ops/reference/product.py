@@ -16,17 +16,18 @@ def product_of_gaussians(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(mean [B, D], log_precision [B, D], log_normalizer [B]).
 
-    With the precisions in logarithms nothing overflows, and with the means taken from the first one nothing cancels.
+    With the precisions in logarithms nothing overflows; means and log-variances less the first ones keep their digits.
     """
     acc, D = accumulator(means[0].dtype), means[0].shape[1]
     m = torch.stack([x.to(acc) for x in means])
     l = torch.stack([x.to(acc).expand_as(m[0]) for x in logvars])
     a = exponents.to(acc)
-    log_lam = a.log()[:, :, None] - l
-    log_precision = log_lam.logsumexp(0)
+    log_lam = a.log()[:, :, None] - (l - l[0])
+    total = log_lam.logsumexp(0)
+    log_precision = total - l[0]
     apart = m - m[0]
-    shift = ((log_lam - log_precision).exp() * apart).sum(0)
-    quadratic = ((apart - shift) * (log_lam / 2).exp()).square().sum(0)
+    shift = ((log_lam - total).exp() * apart).sum(0)
+    quadratic = (a[:, :, None] * ((apart - shift) * (-l / 2).exp()).square()).sum(0)
     constants = (a.sum(0) - 1) * (D * math.log(2 * math.pi))
     log_normalizer = -(constants + ((a[:, :, None] * l).sum(0) + log_precision + quadratic).sum(1)) / 2
     return (m[0] + shift).to(means[0].dtype), log_precision, log_normalizer
