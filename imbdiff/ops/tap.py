@@ -46,7 +46,8 @@ def tap_loss(h: Tensor, kind: str, **options: Any) -> tuple[Tensor, Tensor]:
         options: the keywords of `<kind>_loss`, and `labels` for supcon.
 
     Returns:
-        h' of h's storage, shape and strides, and the loss [] float32 (float64 for float64).
+        h' of h's storage, shape and strides, and the loss [] float32 (float64 for float64). Neither h nor h' may be
+        changed in place afterwards, which torch notices.
 
     Raises:
         TypeError, ValueError: an unknown kind or option, or one that is missing; and as the loss.
