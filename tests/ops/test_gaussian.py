@@ -252,6 +252,19 @@ def test_free_memory_is_known_here():
     assert 2**20 < _gaussians.free_bytes(torch.device("cpu")) < 2**50
 
 
+@pytest.mark.parametrize("more", [{"labels_p": torch.tensor([0, 1, 0, 2])}, {"pairs": "all"}])
+def test_the_overlap_of_a_set_with_itself_compiles_into_one_graph(more):
+    torch._dynamo.reset()
+    p = [x.requires_grad_() for x in random(4, 5)]
+
+    def loss(*p):
+        return ops.gaussian_overlap_loss(*p, margin=9.0, **more)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*p), p), torch.autograd.grad(loss(*p), p), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 m, label = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 
 
