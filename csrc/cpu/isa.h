@@ -2,6 +2,7 @@
 // Templates of std:: or torch:: inside a target region would be dangerous: the linker could keep their AVX-512 copy for everybody.
 #pragma once
 
+#include <immintrin.h>
 #include <sched.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -14,25 +14,26 @@
 
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast")
+#define IMBDIFF_BYTES 16
 namespace imbdiff::IMBDIFF_FAMILY::generic {
-constexpr int kBytes = 16, kTall = 4;
 #include IMBDIFF_FILE(IMBDIFF_FAMILY)
 }
+#undef IMBDIFF_BYTES
 #pragma GCC target("avx2,fma,f16c")
+#define IMBDIFF_BYTES 32
 namespace imbdiff::IMBDIFF_FAMILY::avx2 {
-constexpr int kBytes = 32, kTall = 4;
 #include IMBDIFF_FILE(IMBDIFF_FAMILY)
 }
+#undef IMBDIFF_BYTES
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#define IMBDIFF_BYTES 64
 namespace imbdiff::IMBDIFF_FAMILY::avx512 {
-constexpr int kBytes = 64, kTall = 8;
 #include IMBDIFF_FILE(IMBDIFF_FAMILY)
 }
 #ifdef IMBDIFF_BF16_REGION
 #pragma GCC target("avx512bf16")
 #define IMBDIFF_BF16
 namespace imbdiff::IMBDIFF_FAMILY::avx512_bf16 {
-constexpr int kBytes = 64, kTall = 8;
 #include IMBDIFF_FILE(IMBDIFF_FAMILY)
 }
 #endif
