@@ -68,9 +68,8 @@ def show_backends(console: Console) -> None:
     for path in _backends.LIBRARIES.values():
         say(console, f"  {path.name:12} {'built' if path.exists() else 'not built'}")
     say(console, "back ends:")
-    chosen = {backend for backends in _backends.PREFERRED.values() for backend in backends}
     for backend in BACKENDS:
-        ready = "ready" if backend in chosen else f'ready, where ops.use("{backend}") asks for it'
+        ready = "ready" if backend in _backends.PREFERRED else f'ready, where ops.use("{backend}") asks for it'
         say(console, f"  {backend:12} {_backends.PROBLEMS.get(backend, ready)}")
 
 

@@ -57,20 +57,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     },
 }
 
-PREFERRED: dict[str, tuple[str, ...]] = {
-    "two_branch": ("cpu", "reference"),
-    "negative_distance": ("cpu", "reference"),
-    "distance_hinge": ("reference",),
-    "cosine_contrastive": ("reference",),
-    "supcon": ("reference",),
-    "gaussian_divergence": ("reference",),
-    "gaussian_overlap": ("reference",),
-    "product_of_gaussians": ("reference",),
-    "posterior_mean": ("reference",),
-    "posterior_draw": ("reference",),
-    "knn_radius": ("reference",),
-    "ball_count": ("reference",),
-}
+PREFERRED = ("cpu", "reference")
 """What `auto` tries in turn; a back end enters when a committed measurement says that it is the faster one."""
 
 
@@ -105,7 +92,7 @@ def choose(op: str, rows: Tensor, others: int = 0) -> str:
         if refusal(op, _STATE.forced, rows, others):
             raise ValueError(f"{op}: the forced back end cannot run this call. {_reasons(op, rows, others)}")
         return _STATE.forced
-    for backend in PREFERRED[op]:
+    for backend in PREFERRED:
         if not refusal(op, backend, rows, others):
             return backend
     raise ValueError(f"{op}: no back end can run this call. {_reasons(op, rows, others)}")
