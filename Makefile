@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint gpu asan clean
+.PHONY: demo test lint docs bench performance gpu asan clean
 
 demo: .venv/demo
 	$(BIN)/imbdiff demo
@@ -29,6 +29,19 @@ asan: .venv/test
 	cd build/asan && PYTHONPATH=$(CURDIR)/build/asan/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadgroup $(CURDIR)/tests/ops
+
+# docs/ops.md, from the docstrings.
+docs: .venv/dev
+	$(BIN)/python docs/make_ops.py
+
+# On an otherwise idle machine. The allocator keeps what is freed, so that rivals are not compared by their page faults.
+bench: .venv/bench
+	MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(BIN)/pytest bench --record
+	$(MAKE) performance
+
+# The tables and charts of docs/performance.md, from the records under bench/results.
+performance: .venv/test
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,10 +13,12 @@ from imbdiff.train.config import PRESETS
 from imbdiff.train.loop import backward
 from imbdiff.train.state import TrainState
 
+from .harness import MAIN, Case
+
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's: pip install 'imbdiff[demo]'")
 
 
-def test_digits_step(rivals):
+def case():
     config = replace(PRESETS["digits"][1], methods=("cbdm",), cbdm=REMEDY)
     data = load_training_data(config.data)
     objective = build_objective(config, data.train.shape, data.train.num_classes).train()
@@ -36,14 +38,22 @@ def test_digits_step(rivals):
         def run():
             with ops.use(backend):
                 backward(config, state, source)
+            gradients = [p.grad for p in objective.parameters() if p.grad is not None]
             state.optimizer.zero_grad(set_to_none=True)
+            return gradients
 
         return run
 
     pixels = config.batch_size * data.train.images[0].numel()
-    rivals(
-        "digits_step-cbdm",
-        {"imbdiff": step("auto"), "reference": step("reference")},
-        bytes_moved=32 * pixels,
-        rounds=25,
+    return Case(
+        op="digits_step",
+        shape=f"{config.batch_size}x{data.train.images[0].numel()}",
+        dtype="float32",
+        modes={MAIN: {"imbdiff": step("auto"), "reference": step("reference")}},
+        bytes_moved={MAIN: 32 * pixels},
+        flops={MAIN: 14 * pixels},
     )
+
+
+def test_digits_step(compare):
+    compare(case)

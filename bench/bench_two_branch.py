@@ -1,18 +1,25 @@
-"""two_branch, K = 1, forward and backward, float32 and bfloat16."""
+"""two_branch, K = 1, as an operation (given gradients of base and terms) and as a whole scalar loss."""
 
 import pytest
 import torch
 
 from imbdiff import ops
 
-SHAPES = [(128, 3072), (256, 16384)]
+from .floors import device
+from .harness import Case, backward, forward, ours
+
+SCALES = torch.tensor([[1.0, 0.25, 1.25]], device=device())
+
+
+def imbdiff(own, target, other, w):
+    return ops.two_branch_loss(own, target, [other], w, SCALES)
 
 
 def eager(own, target, other, w):
     base = (own - target).square().mean(1)
-    pull = (w * (own - other.detach()).square().mean(1)).mean()
-    back = (w * (own.detach() - other).square().mean(1)).mean()
-    return base.mean() + pull + 0.25 * back
+    to_own = w * (own - other.detach()).square().mean(1)
+    to_other = w * (own.detach() - other).square().mean(1)
+    return base, to_own + 0.25 * to_other
 
 
 class Expert(torch.autograd.Function):
@@ -21,39 +28,66 @@ class Expert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, target, other, w):
         a, b = own - target, own - other
-        n = own.numel()
         ctx.save_for_backward(a, b, w)
-        return a.square().sum() / n + 1.25 * (w * b.square().sum(1)).sum() / n
+        return a.square().mean(1), 1.25 * w * b.square().mean(1)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g_base, g_terms):
         a, b, w = ctx.saved_tensors
-        wb = b * (w * (2 * g / a.numel()))[:, None]
-        return torch.add(wb, a, alpha=float(2 * g / a.numel())), None, wb * -0.25, None
+        b *= (g_terms[0] * w[0] * (2 / a.shape[1])).to(b)[:, None]
+        return torch.addcmul(b, a, (g_base * (2 / a.shape[1])).to(a)[:, None]), None, b * -0.25, None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("B", "D"), SHAPES)
-def test_two_branch(rivals, B, D, dtype):
-    own, other = (torch.randn(B, D, dtype=dtype, requires_grad=True) for _ in range(2))
-    target, w = torch.randn(B, D, dtype=dtype), torch.rand(B)
-    scales = torch.tensor([[1.0, 0.25, 1.25]])
-    compiled = torch.compile(eager)
+class Empty(torch.autograd.Function):
+    """What autograd itself costs: two outputs and two gradients that nobody fills."""
 
-    def ours():
-        base, terms = ops.two_branch_loss(own, target, [other], w[None], scales)
-        return base.mean() + terms.mean()
+    @staticmethod
+    def forward(ctx, own, target, other, w):
+        ctx.save_for_backward(own, target, other, w)
+        return w.new_empty(len(own)), torch.empty_like(w)
 
-    def both(loss):
-        return lambda: torch.autograd.grad(loss(), [own, other])
+    @staticmethod
+    def backward(ctx, g_base, g_terms):
+        own, _, other, _ = ctx.saved_tensors
+        return torch.empty_like(own), None, torch.empty_like(other), None
 
-    rivals(
-        f"two_branch-{B}x{D}-{str(dtype)[6:]}",
-        {
-            "imbdiff": both(ours),
-            "eager": both(lambda: eager(own, target, other, w)),
-            "compile": both(lambda: compiled(own, target, other, w)),
-            "expert": both(lambda: Expert.apply(own, target, other, w)),
+
+def whole(f):
+    """The scalar that a training step makes of it."""
+
+    def loss(*inputs):
+        base, terms = f(*inputs)
+        return base.float().mean() + terms.float().mean()
+
+    return loss
+
+
+def case(B, D, dtype):
+    own, target, other = (torch.randn(B, D, dtype=getattr(torch, dtype), device=device()) for _ in range(3))
+    inputs, leaves = (own, target, other, torch.rand(1, B, device=device())), [own, other]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    rivals = ours(imbdiff) | {"eager": eager, "expert": Expert.apply, "autograd floor": Empty.apply}
+    compiled = {"compile": torch.compile(eager)}
+    losses = {name: whole(f) for name, f in rivals.items()} | {"compile": torch.compile(whole(eager))}
+    row = B * D * own.element_size()
+    full = {"forward": 3 * row, "forward+backward": 8 * row, "whole loss": 8 * row}
+    return Case(
+        op="two_branch",
+        shape=f"{B}x{D}",
+        dtype=dtype,
+        modes={
+            "forward": {name: forward(f, *inputs) for name, f in (rivals | compiled).items()},
+            "forward+backward": {name: backward(f, leaves, *inputs) for name, f in (rivals | compiled).items()},
+            "whole loss": {name: backward(f, leaves, *inputs) for name, f in losses.items()},
         },
-        bytes_moved=8 * B * D * own.element_size(),
+        bytes_moved=full,
+        flops={mode: (6 if mode == "forward" else 14) * B * D for mode in full},
+        empty=["autograd floor"],
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("B", "D"), [(128, 3072), (256, 16_384)])
+def test_two_branch(compare, B, D, dtype):
+    compare(case, B, D, dtype)

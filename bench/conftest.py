@@ -1,8 +1,14 @@
-"""`pytest bench/` prints each comparison; `--record` keeps those that were not disturbed under bench/results/."""
+"""`pytest bench/` prints each comparison; `--record` keeps those that were not disturbed under bench/results/.
+
+pytest-benchmark's own table, its `--benchmark-save` and `--benchmark-compare` follow imbdiff's time from commit to commit.
+"""
+
+from dataclasses import asdict
 
 import pytest
 
-from .harness import compare
+from .harness import MAIN
+from .harness import compare as take
 
 
 def pytest_addoption(parser):
@@ -15,24 +21,33 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def rivals(benchmark, request, capsys):
-    """rivals(name, {"imbdiff": f, ...}, bytes_moved=...) -> Record; pytest-benchmark's own table shows ours."""
+def compare(request, capsys, benchmark):
+    """compare(case, *arguments) -> Record, printed."""
 
-    def run(name, functions, **kwargs):
-        record = compare(name, functions, **kwargs)
-        benchmark.extra_info.update(record.__dict__)
-        benchmark.pedantic(functions["imbdiff"], rounds=5, warmup_rounds=1)
+    def run(make, *args):
         with capsys.disabled():
-            others = "  ".join(f"{r} {record.ratio(r):.2f}x" for r in functions if r != "imbdiff")
-            print(
-                f"\n{name}: {record.rivals['imbdiff'][1]:.0f} us, faster than  {others}  "
-                f"(copy of its bytes {record.copy_us:.0f} us, gemm {record.gemm_gflop_s:.0f} GFLOP/s)"
-                + ("  DISTURBED" if record.disturbed else "")
-            )
+            record = take(make, *args)
+            print("\n" + shown(record))
+        benchmark.extra_info.update(asdict(record))
+        benchmark.pedantic(make(*args).modes[MAIN]["imbdiff"], rounds=5, warmup_rounds=1)
         if request.config.getoption("--record"):
             if record.disturbed:
-                pytest.fail("the machine was disturbed; nothing recorded, run it again alone")
+                pytest.fail("nothing recorded, run it again alone: " + "; ".join(record.disturbed))
             record.save()
         return record
 
     return run
+
+
+def shown(record):
+    lines = [record.name]
+    for mode, times in record.us.items():
+        others = "  ".join(f"{rival} {record.ratio(mode, rival):.2f}x" for rival in times if rival != "imbdiff")
+        lines.append(
+            f"  {mode:16} {times['imbdiff'][1]:10.1f} us  {record.of_copy(mode):5.0%} of copy"
+            f"  {record.of_gemm(mode):5.0%} of gemm   {others}"
+        )
+    memory = "  ".join(f"{rival} {b / 1e6:.1f}" for rival, b in record.extra_bytes.items() if b is not None)
+    lines.append(f"  extra memory, MB {memory}")
+    lines += [f"  without {rival}: {reason}" for rival, reason in record.absent.items()]
+    return "\n".join([*lines, *(f"  DISTURBED: {reason}" for reason in record.disturbed)])

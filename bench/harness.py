@@ -1,7 +1,7 @@
 """How a benchmark is taken: rivals in turn, in one process, beside a copy and a matrix product measured at that moment.
 
 On a machine that does anything else the ratio of two rivals can move by a factor of four (threads that wait for each
-other), so a record counts only if the matrix product runs at 90 % of its best of this session, before and after.
+other), so a record says what disturbed it (`floors.Watch`), and one that was disturbed is not kept.
 """
 
 from __future__ import annotations
@@ -9,122 +9,164 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
-_BEST_GEMM = [0.0]
+from imbdiff import ops
+from imbdiff.ops import _backends
+
+from . import floors, memory, timing
+
+MAIN = "forward+backward"
+"""The mode whose extra memory is measured, and which the chart shows."""
+
+
+@dataclass
+class Case:
+    """One operation at one shape. A benchmark's function `case(...)` makes it, here and in fresh processes."""
+
+    op: str
+    shape: str
+    dtype: str
+    modes: Mapping[str, Mapping[str, Callable[[], Any]]]
+    """Of each mode the rivals, "imbdiff" first. All rivals of a mode return the same."""
+    bytes_moved: Mapping[str, int]
+    """What the mathematics has to read and write once, whoever does it."""
+    flops: Mapping[str, int]
+    empty: Sequence[str] = ()
+    """Rivals that compute nothing: a floor made of what any operation costs."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Rivals that could not be had, with the reason."""
 
 
 @dataclass
 class Record:
-    """One operation at one shape: microseconds of each rival (20th, 50th and 80th percentile) and the floors."""
-
-    name: str
-    bytes_moved: int
-    flops: int
-    rivals: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    copy_gb_s: float = 0.0
+    op: str
+    shape: str
+    dtype: str
+    bytes_moved: dict[str, int]
+    flops: dict[str, int]
+    us: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Mode, rival: microseconds of a call, 20th, 50th and 80th percentile."""
+    extra_bytes: dict[str, int | None] = field(default_factory=dict)
+    """Rival: peak beyond inputs and results in the mode `MAIN`."""
+    copy_gb_s: dict[str, float] = field(default_factory=dict)
+    """Mode: a copy that moves as many bytes."""
     gemm_gflop_s: float = 0.0
-    disturbed: bool = False
+    """In the operation's type."""
+    sgemm_gflop_s: float = 0.0
+    absent: dict[str, str] = field(default_factory=dict)
+    disturbed: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def ratio(self, rival: str, ours: str = "imbdiff") -> float:
-        """How many times faster than `rival`, by medians."""
-        return self.rivals[rival][1] / self.rivals[ours][1]
-
     @property
-    def copy_us(self) -> float:
-        """Time in which a copy would move the operation's bytes."""
-        return self.bytes_moved / self.copy_gb_s / 1e3
+    def name(self) -> str:
+        return f"{self.op}-{self.shape}-{self.dtype}"
+
+    def ratio(self, mode: str, rival: str) -> float:
+        """How many times the time of imbdiff a rival takes, by medians."""
+        return self.us[mode][rival][1] / self.us[mode]["imbdiff"][1]
+
+    def of_copy(self, mode: str, rival: str = "imbdiff") -> float:
+        """Time of the copy over time of the rival."""
+        return self.bytes_moved[mode] / self.copy_gb_s[mode] / 1e3 / self.us[mode][rival][1]
+
+    def of_gemm(self, mode: str, rival: str = "imbdiff") -> float:
+        return self.flops[mode] / self.gemm_gflop_s / 1e3 / self.us[mode][rival][1]
 
     def save(self) -> Path:
-        folder = RESULTS / device_name()
+        folder = floors.RESULTS / floors.device_name()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{self.name}.json"
-        file.write_text(json.dumps(self.__dict__, indent=1) + "\n")
+        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
         return file
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace(" ", "-").lower()
-    return f"cpu-{torch.get_num_threads()}-threads"
-
-
-def compare(
-    name: str, rivals: Mapping[str, Callable[[], object]], *, bytes_moved: int, flops: int = 0, rounds: int = 15
-) -> Record:
-    """Run every rival `rounds` times in turn after one warm-up, floors before and after."""
-    record = Record(name, bytes_moved, flops, facts=facts())
-    before = gemm()
-    for run in rivals.values():
-        run()
-    times: dict[str, list[float]] = {rival: [] for rival in rivals}
-    for _ in range(rounds):
-        for rival, run in rivals.items():
-            times[rival].append(timed(run))
-    record.rivals = {rival: percentiles(values) for rival, values in times.items()}
-    record.copy_gb_s = copy(bytes_moved)
-    after = gemm()
-    _BEST_GEMM[0] = max(_BEST_GEMM[0], before, after)
-    record.gemm_gflop_s = max(before, after)
-    record.disturbed = min(before, after) < 0.9 * _BEST_GEMM[0]
+def compare(make: Callable[..., Case], *args: Any) -> Record:
+    torch.manual_seed(0)
+    case = make(*args)
+    for mode, rivals in case.modes.items():
+        check_agreement(case, mode, rivals)
+    record = Record(case.op, case.shape, case.dtype, dict(case.bytes_moved), dict(case.flops))
+    record.absent, record.facts = dict(case.absent), facts()
+    watch = floors.Watch()
+    record.gemm_gflop_s = round(floors.gemm(getattr(torch, case.dtype)), 1)
+    for mode, rivals in case.modes.items():
+        record.copy_gb_s[mode] = round(floors.copy(case.bytes_moved[mode]), 2)
+        record.us[mode] = timing.in_turn(rivals)
+    record.disturbed = watch.finish()
+    record.sgemm_gflop_s = round(max(watch.gemms), 1)
+    for rival in case.modes[MAIN]:
+        record.extra_bytes[rival] = memory.extra(f"bench.{make.__module__.rpartition('.')[2]}", args, MAIN, rival)
     return record
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Microseconds of one call, the device's work included."""
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return (time.perf_counter() - start) * 1e6
+def check_agreement(case: Case, mode: str, rivals: Mapping[str, Callable[[], Any]]) -> None:
+    """Rivals that compute something else would be no rivals. This is also the call that compiles."""
+    ours, *_ = results = [listed(run()) for run in rivals.values()]
+    for rival, theirs in zip(rivals, results, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            error = float((a.float() - b.float()).norm() / a.float().norm())
+            if rival not in case.empty and not error < (0.01 if case.dtype == "float32" else 0.2):
+                raise AssertionError(f"{case.op} {case.shape} {case.dtype} {mode}: {rival} differs by {error:.2g}")
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def listed(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 5], statistics.median(ordered), ordered[(4 * len(ordered)) // 5]
+def ours(f: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """imbdiff as it chooses by itself; on a GPU also each of its back ends that is there."""
+
+    def forced(backend: str) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            with ops.use(backend):
+                return f(*inputs)
+
+        return run
+
+    there = [b for b in ("triton", "cuda") if torch.cuda.is_available() and b not in _backends.PROBLEMS]
+    return {"imbdiff": f} | {backend: forced(backend) for backend in there}
 
 
-def gemm(n: int = 2048) -> float:
-    """GFLOP/s of a float32 matrix product, best of three."""
-    a = torch.randn(n, n)
-    return 2 * n**3 / min(timed(lambda: a @ a) for _ in range(3)) / 1e3
+def forward(f: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
+    """The function alone, as in evaluation."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            return f(*inputs)
+
+    return run
 
 
-def copy(bytes_moved: int) -> float:
-    """GB/s, read and written, of a copy that moves as many bytes."""
-    source = torch.randn(max(bytes_moved // 8, 1024))
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return bytes_moved / statistics.median(timed(lambda: target.copy_(source)) for _ in range(9)) / 1e3
+def backward(f: Callable[..., Any], leaves: Sequence[Tensor], *inputs: Any) -> Callable[[], Any]:
+    """Forward, then the gradients for given gradients of the outputs: the same for every rival."""
+    given: list[Tensor] = []
 
+    def run() -> Any:
+        outputs = listed(f(*inputs))
+        if not given:
+            generator = torch.Generator(outputs[0].device).manual_seed(0)
+            for o in outputs:
+                g = torch.randn(o.shape, generator=generator, device=o.device)
+                given.append(g.to(o.dtype))
+        return torch.autograd.grad(outputs, leaves, given)
 
-def extra_memory(run: Callable[[], object]) -> int:
-    """Bytes by which one call raises the process's peak; call it first, in a fresh process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return run
 
 
 def facts() -> dict[str, Any]:
+    # glibc gives large blocks back to the system at once, and every new output is then paid for in page faults.
+    kept = " that keeps freed blocks" if "MALLOC_MMAP_THRESHOLD_" in os.environ else ""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "allocator": os.environ.get("LD_PRELOAD", "default"),
+        "allocator": os.environ.get("LD_PRELOAD", "glibc").rpartition("/")[2] + kept,
     }
