@@ -1,6 +1,6 @@
 """`pytest bench/` prints each comparison; `--record` keeps those that were not disturbed under bench/results/.
 
-pytest-benchmark's own table, its `--benchmark-save` and `--benchmark-compare` follow imbdiff's time from commit to commit.
+pytest-benchmark's own table and its `--benchmark-compare` follow imbdiff's time from commit to commit.
 """
 
 from dataclasses import asdict

@@ -55,8 +55,10 @@ def tables(op: str, devices: dict[str, list[Record]]) -> str:
     parts = [table(device, records) for device, records in mine.items()]
     parts += [] if any(device.startswith("cpu") for device in mine) else ["Not measured on a CPU."]
     parts += [] if any(not device.startswith("cpu") for device in mine) else ["Not measured on a GPU."]
-    command = f"`pytest bench/{SOURCES.get(op, f'bench_{op}.py')} --record`, then `make performance`."
-    return "\n\n".join([*parts, f"Made by {command}"])
+    file = SOURCES.get(op, f"bench_{op}.py")
+    return "\n\n".join(
+        [*parts, f"Made by `make bench`; this table alone by `pytest bench/{file} --record` and `make performance`."]
+    )
 
 
 def table(device: str, records: list[Record]) -> str:
