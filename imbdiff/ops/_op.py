@@ -105,6 +105,10 @@ def call(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
     flat, lengths = list(args), [len(args[i]) for i in _LISTS[name]]
     for i in reversed(_LISTS[name]):
         flat[i : i + 1] = args[i]
+    if torch.compiler.is_compiling():
+        # Its tracer refuses a function of autograd that gets one tensor twice.
+        seen = [any(x is y for y in flat[:i]) for i, x in enumerate(flat)]
+        flat = [x.view_as(x) if again and isinstance(x, Tensor) else x for x, again in zip(flat, seen, strict=True)]
     out = _Derivative.apply(name, backend, lengths, *flat)
     return out if isinstance(out, tuple) else (out,)
 

@@ -113,8 +113,7 @@ def gaussian_overlap_loss(
     if (mean_q is None) != (logvar_q is None):
         raise ValueError(f"{op}: mean_q and logvar_q come together or not at all")
     p = (_check.rows(mean_p), logvar(op, "logvar_p", logvar_p, "mean_p", mean_p))
-    # Views, because torch.compile refuses a tensor that is an argument twice.
-    same_set, q = mean_q is None, (p[0].view_as(p[0]), p[1].view_as(p[1]))
+    same_set, q = mean_q is None, p
     if mean_q is not None and logvar_q is not None:
         _, mean_q = _means(op, mean_p, mean_q)
         q = (mean_q, logvar(op, "logvar_q", logvar_q, "mean_q", mean_q))
@@ -123,7 +122,7 @@ def gaussian_overlap_loss(
         _check.tensor(op, "mask", mask, (len(p[0]), len(q[0])), "[N, M]", like=mean_p, dtypes=(torch.bool,))
     selection = _selection(op, pairs, labels_p is not None, mask is not None)
     if selection == reference.PAIRS.index("all"):
-        labels = _no_labels(mean_p)
+        labels = (mean_p.new_empty(0, dtype=torch.int64),) * 2
     out = call(
         "gaussian_overlap",
         _backends.choose("gaussian_overlap", mean_p),
@@ -172,15 +171,11 @@ def _labels(
     if labels_p is not None and labels_q is None and not same_set:
         raise ValueError(f"{op}: labels_q [M] must come with labels_p where mean_q is given")
     if labels_p is None:
-        return _no_labels(p)
+        return (p.new_empty(0, dtype=torch.int64),) * 2
     _check.tensor(op, "labels_p", labels_p, (len(p),), "[N]", like=p, dtypes=(torch.int64,))
-    labels_q = labels_p.view_as(labels_p) if labels_q is None else labels_q
+    labels_q = labels_p if labels_q is None else labels_q
     _check.tensor(op, "labels_q", labels_q, (len(q),), "[M]", like=p, dtypes=(torch.int64,))
     return labels_p.contiguous(), labels_q.contiguous()
-
-
-def _no_labels(like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty(0, dtype=torch.int64), like.new_empty(0, dtype=torch.int64)
 
 
 def _selection(op: str, pairs: str | None, labelled: bool, masked: bool) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from imbdiff import ops
 from imbdiff.ops import _backends, _op
 from imbdiff.ops._op import REGISTRY, call, overload
 
@@ -132,8 +133,6 @@ def test_every_instruction_set(capability):
 
 
 def test_forcing_a_back_end(monkeypatch):
-    from imbdiff import ops
-
     x = torch.randn(2, 3)
     with ops.use("reference"):
         ops.two_branch_loss(x, x)
@@ -154,8 +153,6 @@ def test_forcing_a_back_end(monkeypatch):
 
 
 def test_compiles_once_over_steps():
-    from imbdiff import ops
-
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -171,3 +168,21 @@ def test_compiles_once_over_steps():
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, l: ops.gaussian_divergence(x, l, x, l).sum(),
+        lambda x, l: ops.two_branch_loss(x, l.detach(), [x, x], torch.ones(2, 5), torch.ones(2, 3))[1].sum(),
+        lambda x, l: ops.posterior_mean(x, x, torch.ones(5), torch.ones(5)).square().sum(),
+    ],
+    ids=["gaussian_divergence", "two_branch", "posterior_mean"],
+)
+def test_a_tensor_that_is_an_argument_twice_compiles(loss):
+    torch._dynamo.reset()
+    args = [torch.randn(5, 3, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*args), args, allow_unused=True)
+    want = torch.autograd.grad(loss(*args), args, allow_unused=True)
+    torch.testing.assert_close(got, want)
