@@ -58,8 +58,9 @@ def partners(x: Tensor, negatives: Tensor, include_self: bool) -> int:
 
 
 def negative_distance(
-    x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool
+    x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool, split_k: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Streams whatever `split_k` says: few and wide rows are the other back end's."""
     N, c = len(x), partners(x, negatives, include_self)
     lse, saved = x.new_zeros(N, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     if c == 0:
@@ -78,7 +79,7 @@ def negative_distance(
 
 def negative_distance_bwd(
     grad: Tensor, x: Tensor, negatives: Tensor, weight: Tensor, lse: Tensor, saved: Tensor, scale: float,
-    include_self: bool, per_row: bool,
+    include_self: bool, per_row: bool, split_k: bool = False,
 ) -> Tensor:  # fmt: skip
     """Both losses are sum_i gain_i softmax_j(-E_ij): gain = softmax(lse) of the whole, or weight / N of a row."""
     N, M = len(x), len(negatives)

@@ -16,8 +16,7 @@ struct Problem {
   int64_t rows, negatives, width, x_stride, y_stride;
   double scale;
   bool include_self, per_row;
-  // Few and enormous rows: split-K, whose E [N, N + M] is worth keeping.
-  bool split_k() const { return rows <= 1024 && rows + negatives <= 4096 && width >= 1024; }
+  bool split_k;  // the plan: its E [N, N + M] is kept
   int64_t terms() const { return rows + negatives - (include_self ? 0 : 1); }
 };
 }  // namespace imbdiff::contrast
@@ -30,9 +29,9 @@ namespace imbdiff::contrast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Problem problem(const Tensor& x, const Tensor& y, double scale, bool include_self, bool per_row) {
+Problem problem(const Tensor& x, const Tensor& y, double scale, bool include_self, bool per_row, bool split_k) {
   return {x.const_data_ptr(), y.const_data_ptr(), x.size(0),    y.size(0), x.size(1),
-          x.stride(0),        y.stride(0),        scale, include_self, per_row};
+          x.stride(0),        y.stride(0),        scale, include_self, per_row, split_k};
 }
 
 template <class Acc> double loss_of(const Problem& p, const Acc* lse, const Acc* weight) {
@@ -49,11 +48,11 @@ template <class Acc> double loss_of(const Problem& p, const Acc* lse, const Acc*
 }
 
 std::tuple<Tensor, Tensor, Tensor> negative_distance(const Tensor& x, const Tensor& negatives, const Tensor& weight, double scale,
-                                                     bool include_self, bool per_row) {
-  const Problem p = problem(x, negatives, scale, include_self, per_row);
+                                                     bool include_self, bool per_row, bool split_k) {
+  const Problem p = problem(x, negatives, scale, include_self, per_row, split_k);
   Tensor loss = torch::stable::new_zeros(weight, {}), lse = torch::stable::new_zeros(weight, {p.rows});
   const bool empty = p.rows == 0 || p.terms() == 0;
-  Tensor saved = !empty && p.split_k() ? torch::stable::new_empty(weight, {p.rows, p.rows + p.negatives})
+  Tensor saved = !empty && p.split_k ? torch::stable::new_empty(weight, {p.rows, p.rows + p.negatives})
                                        : torch::stable::new_empty(weight, {0});
   if (empty) return {loss, lse, saved};
   by_dtype("negative_distance", x, [&](auto element) {
@@ -70,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> negative_distance(const Tensor& x, const Tens
 }
 
 Tensor negative_distance_bwd(const Tensor& grad, const Tensor& x, const Tensor& negatives, const Tensor& weight, const Tensor& lse,
-                             const Tensor& saved, double scale, bool include_self, bool per_row) {
-  const Problem p = problem(x, negatives, scale, include_self, per_row);
+                             const Tensor& saved, double scale, bool include_self, bool per_row, bool split_k) {
+  const Problem p = problem(x, negatives, scale, include_self, per_row, split_k);
   if (p.rows == 0 || p.terms() == 0) return torch::stable::new_zeros(x, {p.rows, p.width});
   Tensor out = torch::stable::new_empty(x, {p.rows, p.width});
   const void* w = weight.numel() ? weight.const_data_ptr() : nullptr;

@@ -22,7 +22,6 @@ template <class T> struct Problem {
 
   int64_t terms() const { return columns() - (include_self ? 0 : 1); }
   bool empty() const { return N == 0 || terms() == 0; }
-  bool split_k() const { return N <= 1024 && columns() <= 4096 && D >= 1024; }  // as on the CPU
   // Streaming: parts of the columns; more of them cost the backward pass N x D floats each.
   Split column_split(int64_t most) const {
     const int64_t wanted = ceil_div(kFill, row_tiles());
@@ -289,14 +288,14 @@ Problem<T> problem(const Tensor& x, const Tensor& negatives, double scale, bool 
 inline const float* given(const Tensor& weight) { return weight.numel() > 0 ? in(weight) : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor> negative_distance(const Tensor& x, const Tensor& negatives, const Tensor& weight,
-                                                     double scale, bool include_self, bool per_row) {
+                                                     double scale, bool include_self, bool per_row,
+                                                     bool split_k) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor loss, lse, saved;
   by_dtype(x, [&](auto element) {
     const auto p = problem<decltype(element)>(x, negatives, scale, include_self, per_row);
-    const bool split_k = !p.empty() && p.split_k();
     loss = floats(x, {}), lse = floats(x, {p.N});
-    saved = split_k ? floats(x, {p.N, p.columns()}) : floats(x, {0});
+    saved = split_k && !p.empty() ? floats(x, {p.N, p.columns()}) : floats(x, {0});
     if (p.empty()) {
       loss = torch::stable::zero_(loss), lse = torch::stable::zero_(lse);
       return;
@@ -308,7 +307,8 @@ std::tuple<Tensor, Tensor, Tensor> negative_distance(const Tensor& x, const Tens
 }
 
 Tensor negative_distance_bwd(const Tensor& grad, const Tensor& x, const Tensor& negatives, const Tensor& weight,
-                             const Tensor& lse, const Tensor& saved, double scale, bool include_self, bool per_row) {
+                             const Tensor& lse, const Tensor& saved, double scale, bool include_self, bool per_row,
+                             bool split_k) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   by_dtype(x, [&](auto element) {
@@ -318,8 +318,8 @@ Tensor negative_distance_bwd(const Tensor& grad, const Tensor& x, const Tensor& 
       grad_x = torch::stable::zero_(grad_x);
       return;
     }
-    const Tensor scratch = floats(x, {workspace_bwd(p, p.split_k())});
-    backward(p, p.split_k(), in(grad), given(weight), in(lse), in(saved), static_cast<T*>(grad_x.mutable_data_ptr()),
+    const Tensor scratch = floats(x, {workspace_bwd(p, split_k)});
+    backward(p, split_k, in(grad), given(weight), in(lse), in(saved), static_cast<T*>(grad_x.mutable_data_ptr()),
              out(scratch), current_stream(x));
   });
   return grad_x;

@@ -15,12 +15,12 @@ SCHEMAS = {
         " Tensor scales, Tensor margin, Tensor distance, bool[] needs) -> (Tensor, Tensor[])"
     ),
     "negative_distance": (
-        "(Tensor x, Tensor negatives, Tensor weight, float scale, bool include_self, bool per_row)"
+        "(Tensor x, Tensor negatives, Tensor weight, float scale, bool include_self, bool per_row, bool split_k)"
         " -> (Tensor, Tensor, Tensor)"
     ),
     "negative_distance_bwd": (
         "(Tensor grad, Tensor x, Tensor negatives, Tensor weight, Tensor lse, Tensor saved, float scale,"
-        " bool include_self, bool per_row) -> Tensor"
+        " bool include_self, bool per_row, bool split_k) -> Tensor"
     ),
     "distance_hinge": "(Tensor x, float margin, float scale) -> (Tensor, Tensor)",
     "distance_hinge_bwd": "(Tensor grad, Tensor x, Tensor saved, float margin, float scale) -> Tensor",

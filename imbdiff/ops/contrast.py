@@ -77,7 +77,8 @@ def negative_distance_arguments(
     others = negative_rows(op, x, negatives, flatten)
     if weight is not None and not per_row:
         raise ValueError(f"{op}: weight multiplies the rows' logarithms, so it needs per_row=True")
-    return others, _check.row_weight(op, weight, x), scale, include_self, per_row
+    split_k = few_and_wide(len(x), len(others), others.shape[1])
+    return others, _check.row_weight(op, weight, x), scale, include_self, per_row, split_k
 
 
 def distance_hinge_loss(x: Tensor, *, margin: float, per_dim: bool = False) -> Tensor:
@@ -111,6 +112,12 @@ def distance_hinge_arguments(x: Tensor, flatten: Flatten, margin: float, per_dim
     return _check.positive(op, "margin", margin), 1 / width(x) if per_dim else 1.0
 
 
+def few_and_wide(N: int, M: int, D: int) -> bool:
+    """The plan. Of few and enormous rows the width is cut into parts (split-K), and the N x (N + M) distances are worth
+    keeping for the backward; of others tiles of distances are made and forgotten (streaming)."""
+    return N <= 1024 and N + M <= 4096 and D >= 1024
+
+
 def width(x: Tensor) -> int:
     """D, and 1 for rows of nothing, which are divided by it."""
     return max(math.prod(x.shape[1:]), 1)
@@ -142,17 +149,20 @@ def loss_fake_bwd(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake(
-    backend: str, x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool
+    backend: str,
+    x: Tensor,
+    negatives: Tensor,
+    weight: Tensor,
+    scale: float,
+    include_self: bool,
+    per_row: bool,
+    split_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, N, M = _check.accumulator(x.dtype), x.shape[0], negatives.shape[0]
-    keeps = _keeps_distances(backend, N, M, x.shape[1]) and int(not include_self) < N + M
+    # The compiled back ends keep the distances; the others have one plan.
+    keeps = split_k and backend in ("cpu", "cuda") and N > 0 and int(not include_self) < N + M
     saved = x.new_empty((N, N + M) if keeps else 0, dtype=acc)
     return x.new_empty((), dtype=acc), x.new_empty(N, dtype=acc), saved
-
-
-def _keeps_distances(backend: str, N: int, M: int, D: int) -> bool:
-    """Whether the back end's split-K plan runs, which keeps the N x (N + M) distances for the backward."""
-    return backend in ("cpu", "cuda") and 0 < N <= 1024 and N + M <= 4096 and D >= 1024
 
 
 def _fake_hinge(backend: str, x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def _two_branch_leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Ten
 
 
 def _contrast(
-    N: int, D: int, M: int, include_self: bool, per_row: bool, weighted: bool, layout: str, offset: float
+    N: int, D: int, M: int, include_self: bool, per_row: bool, weighted: bool, layout: str, offset: float, split_k: bool
 ) -> Callable[[torch.dtype], tuple[Any, ...]]:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -52,7 +52,7 @@ def _contrast(
             return x.to(dtype) if layout == "dense" else torch.cat([x, x], 1).to(dtype)[:, :D]
 
         weight = torch.rand(N, dtype=acc) if weighted else torch.empty(0, dtype=acc)
-        return rows(N), rows(M), weight, 0.7 / D, include_self, per_row
+        return rows(N), rows(M), weight, 0.7 / D, include_self, per_row, split_k
 
     return make
 
@@ -95,13 +95,14 @@ CASES = [
 CASES += [
     Case(
         "negative_distance",
-        f"N{N}-D{D}-M{M}-{'self' if own else 'noself'}-{'rows' if rows else 'all'}-{layout}-{offset:g}",
-        _contrast(N, D, M, own, rows, w, layout, offset),
+        f"N{N}-D{D}-M{M}-{'self' if own else 'noself'}-{'rows' if rows else 'all'}-{layout}-{offset:g}-{plan}",
+        _contrast(N, D, M, own, rows, w, layout, offset, plan == "split"),
         _contrast_leaves,
         outputs=1,
         condition=_contrast_condition,
         rounds_rows=True,
     )
+    for plan in ("stream", "split")
     for N, D, M, own, rows, w, layout, offset in [
         (4, 5, 0, True, False, False, "dense", 0.0),
         (4, 5, 0, False, False, False, "dense", 0.0),

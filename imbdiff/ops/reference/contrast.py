@@ -14,9 +14,9 @@ SMALLEST_NORM = 1e-12
 
 
 def negative_distance(
-    x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool
+    x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool, split_k: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], lse [N], saved [0])."""
+    """(loss [], lse [N], saved [0]); split_k is the plan of back ends that have more than one."""
     acc = accumulator(x.dtype)
     N, M = x.shape[0], negatives.shape[0]
     count = N + M - (not include_self)
@@ -31,7 +31,7 @@ def negative_distance(
 
 
 def negative_distance_bwd(grad: Tensor, x: Tensor, negatives: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    _, _, scale, include_self, per_row = rest
+    _, _, scale, include_self, per_row, _ = rest
 
     def loss(x: Tensor) -> Tensor:
         return negative_distance(x, negatives, weight, scale, include_self, per_row)[0]
