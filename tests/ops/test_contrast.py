@@ -70,6 +70,20 @@ def test_a_common_offset_costs_no_digits():
     assert abs(want - exact) < 1e-4
 
 
+@pytest.mark.parametrize(("N", "D"), [(1024, 128), (2048, 32), (700, 900)])
+def test_the_gradient_is_as_exact_as_plain_torch(N, D):
+    x = torch.randn(N, D) + 0.5
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        loss = ops.negative_distance_loss(x, tau=1.5, per_dim=True, include_self=False, per_row=True)
+        return torch.autograd.grad(loss, x)[0].double()
+
+    with ops.use("reference"):
+        exact, plain = gradient(x.double()), gradient(x)
+    assert (gradient(x) - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_nothing_to_compare_is_zero_with_zero_gradient(n):
     for include_self in (True, False):
