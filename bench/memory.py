@@ -3,8 +3,8 @@
 On a CPU: two calls to warm up (compilation, thread pools, packing buffers that libraries keep), then the process's
 peak is set back to what it holds now (`/proc/self/clear_refs`), one call, and the peak is read (`VmHWM`). glibc is told
 to return every block above 64 KiB at once, so that nothing of the earlier calls is there to be used again. This sees
-scratch of any origin, torch's or not; its grain is pages, so below about 0.2 MB it means nothing. On a GPU it is the
-peak of torch's allocator.
+scratch of any origin, torch's or not; the system counts pages of each processor in batches, so half a megabyte either
+way means nothing. On a GPU it is the peak of torch's allocator.
 """
 
 from __future__ import annotations

@@ -39,18 +39,18 @@ def record(**changes):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize(
     ("call", "megabytes"),
-    [("a.sum()", 0), ("a + 1", 0), ("(a + 1).sum()", 16), ("((a + 1) * (a + 2)).sum()", 48), ("(a + 1) * 2", 16)],
+    [("a.sum()", 0), ("a + 1", 0), ("(a + 1).sum()", 64), ("((a + 1) * (a + 2)).sum()", 192), ("(a + 1) * 2", 64)],
 )
 def test_extra_memory_of_known_operations(call, megabytes):
-    """a holds 16 MB. Results are not counted: `a + 1` is one."""
+    """a holds 64 MB. Results are not counted: `a + 1` is one."""
     from bench.memory import RETURN_AT_ONCE
 
-    program = f"import torch; from bench.memory import of; a = torch.ones(4_000_000); print(of(lambda: {call}))"
+    program = f"import torch; from bench.memory import of; a = torch.ones(16_000_000); print(of(lambda: {call}))"
     environment = {**os.environ, **RETURN_AT_ONCE}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) / 1e6 == pytest.approx(megabytes, abs=0.3)
+    assert int(done.stdout) / 1e6 == pytest.approx(megabytes, abs=0.6)
 
 
 @pytest.mark.parametrize(
