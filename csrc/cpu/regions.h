@@ -1,5 +1,5 @@
-// Compiles IMBDIFF_FAMILY.inc once per instruction set, into imbdiff::<family>::generic, avx2, avx512 and, where the family asks for
-// it by IMBDIFF_BF16_REGION, avx512_bf16. A family's .cpp writes `#define IMBDIFF_FAMILY <family>` and includes this.
+// Compiles IMBDIFF_FAMILY.inc once per instruction set, into imbdiff::<family>::generic, avx2, avx512 and, where the family
+// asks for it by IMBDIFF_BF16_REGION, avx512_bf16. A family's .cpp writes `#define IMBDIFF_FAMILY <family>` and includes this.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,6 +14,7 @@
 
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast")
+// A macro, because g++ 12 does not redefine __AVX2__ and its like within a file.
 #define IMBDIFF_BYTES 16
 namespace imbdiff::IMBDIFF_FAMILY::generic {
 #include IMBDIFF_FILE(IMBDIFF_FAMILY)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from imbdiff import ops
+from imbdiff.ops import _backends
+from imbdiff.ops._op import overload
 
 
 def mu():
@@ -82,6 +84,50 @@ def test_the_gradient_is_as_exact_as_plain_torch(N, D):
     with ops.use("reference"):
         exact, plain = gradient(x.double()), gradient(x)
     assert (gradient(x) - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+def far_clusters(N, D):
+    """Two clusters 1e4 from each other, rows of one about 1.4 apart."""
+    x = torch.randn(N, D, dtype=torch.float64) / D**0.5
+    x[::2] += 1e4 * torch.nn.functional.normalize(torch.randn(D, dtype=torch.float64), dim=0)
+    return x.float(), 1.0
+
+
+def near_twins(N, D):
+    """Rows of norm 100, each 1e-3 from one other."""
+    x = 100 * torch.nn.functional.normalize(torch.randn(N // 2, D, dtype=torch.float64))
+    return torch.cat([x, x + 1e-3 / D**0.5 * torch.randn_like(x)]).float(), 1e6
+
+
+@pytest.mark.parametrize("rows", [far_clusters, near_twins])
+@pytest.mark.parametrize("split_k", [False, True])
+@pytest.mark.parametrize(("N", "D"), [(100, 64), (600, 200), (64, 2048)])
+def test_near_pairs_among_distant_ones_keep_their_digits(rows, split_k, N, D):
+    """|error of E| <= 1e-4 (1 + E) carries over to a row's log-sum-exp and, relatively, to a weight S of the gradient.
+
+    The gradient itself, 2 scale sum_j S_ij (x_i - x_j) with sum_j S_ij <= 2 / N or so, also feels the rounding of x.
+    """
+    if "cpu" not in _backends.CAPABILITIES["negative_distance"] or "cpu" in _backends.PROBLEMS:
+        pytest.skip("the compiled CPU library is not built")
+    x, scale = rows(N, D)
+
+    def run(x, backend):
+        call = overload(f"negative_distance_{backend}"), overload(f"negative_distance_bwd_{backend}")
+        args = x, x[:0], torch.empty(0, dtype=x.dtype), scale, False, True, split_k
+        loss, lse, saved = call[0](*args)
+        grad = call[1](torch.ones_like(loss), *args[:3], lse, saved, *args[3:])
+        return lse.double(), grad.double(), saved.double()
+
+    lse, grad, saved = run(x, "cpu")
+    exact_lse, exact_grad, _ = run(x.double(), "reference")
+    assert bool(((lse - exact_lse).abs() <= 1e-4 * (1 + exact_lse.abs())).all())
+    rounding = torch.finfo(x.dtype).eps * 2 * scale * 2 / N * (x - x.mean(0)).norm()
+    assert (grad - exact_grad).norm() <= 1e-3 * exact_grad.norm() + rounding
+    if split_k:
+        exact = scale * torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        near = (exact < 20).fill_diagonal_(False)
+        assert near.any()
+        assert bool(((saved - exact).abs() <= 1e-4 * (1 + exact))[near].all())
 
 
 @pytest.mark.parametrize("n", [0, 1])
