@@ -40,6 +40,10 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         "triton": Capability("cuda", _LOW),
         "cuda": Capability("cuda", _LOW),
     },
+    "product_of_gaussians": {
+        "reference": Capability("any", (*_LOW, torch.float64)),
+        "cpu": Capability("cpu", (*_LOW, torch.float64)),
+    },
     **{
         op: {"reference": Capability("any", (*_LOW, torch.float64))}
         for op in (
@@ -48,7 +52,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "supcon",
             "gaussian_divergence",
             "gaussian_overlap",
-            "product_of_gaussians",
             "posterior_mean",
             "posterior_draw",
             "knn_radius",

@@ -1,0 +1,37 @@
+// product: a position's share of each factor and what comes of it. No includes and no guard: included once per compiler and
+// instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
+#ifndef HOST_DEVICE
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+#endif
+
+// With lam_k = exp(log_lam_k) and the greatest of them e^top: part_k = lam_k e^-top, apart_k = m_k - mean. Precisions stay in
+// logarithms and means relative to the first, so nothing overflows and a common offset costs no digit.
+template <class V> struct Mixture {
+  V top, sum, shift;  // sum of the parts; mean - m_0
+};
+
+// Fills part; apart comes in as m_k - m_0 and leaves as m_k - mean. Two factors need one exponential.
+template <int kCount, class V, class Exp> HOST_DEVICE Mixture<V> mix(const V* log_lam, V* part, V* apart, int64_t count, const Exp& exp) {
+  V top = log_lam[0], sum{}, shift{};
+  if constexpr (kCount == 2) {
+    const V ahead = log_lam[1] - log_lam[0], less = exp(ahead > 0 ? -ahead : ahead);
+    top = ahead > 0 ? log_lam[1] : top;
+    part[0] = ahead > 0 ? less : V{} + 1;
+    part[1] = ahead > 0 ? V{} + 1 : less;
+  } else {
+    for (int64_t k = 1; k < count; ++k) top = log_lam[k] > top ? log_lam[k] : top;
+    for (int64_t k = 0; k < count; ++k) part[k] = exp(log_lam[k] - top);
+  }
+  for (int64_t k = 0; k < count; ++k) sum += part[k], shift += part[k] * apart[k];
+  shift /= sum;
+  for (int64_t k = 0; k < count; ++k) apart[k] -= shift;
+  return {top, sum, shift};
+}
+
+// lam_k apart_k^n for n = 1 and 2, root = e^(top/2). The part comes between its factors, so that they do not overflow before it.
+template <class V> HOST_DEVICE V pulled(V root, V part, V apart) { return (root * part) * (root * apart); }
+template <class V> HOST_DEVICE V squared(V root, V part, V apart) { return (root * apart * part) * (root * apart); }
