@@ -14,8 +14,9 @@ template <class V> struct Mixture {
   V top, sum, shift;  // sum of the parts; mean - m_0
 };
 
-// Fills part; apart comes in as m_k - m_0 and leaves as m_k - mean. Two factors need one exponential.
+// UNROLL is the includer's. Fills part; apart comes in as m_k - m_0 and leaves as m_k - mean. Two factors need one exponential.
 template <int kCount, class V, class Exp> HOST_DEVICE Mixture<V> mix(const V* log_lam, V* part, V* apart, int64_t count, const Exp& exp) {
+  if constexpr (kCount > 0) count = kCount;
   V top = log_lam[0], sum{}, shift{};
   if constexpr (kCount == 2) {
     const V ahead = log_lam[1] - log_lam[0], less = exp(ahead > 0 ? -ahead : ahead);
@@ -23,12 +24,12 @@ template <int kCount, class V, class Exp> HOST_DEVICE Mixture<V> mix(const V* lo
     part[0] = ahead > 0 ? less : V{} + 1;
     part[1] = ahead > 0 ? V{} + 1 : less;
   } else {
-    for (int64_t k = 1; k < count; ++k) top = log_lam[k] > top ? log_lam[k] : top;
-    for (int64_t k = 0; k < count; ++k) part[k] = exp(log_lam[k] - top);
+    UNROLL for (int64_t k = 1; k < count; ++k) top = log_lam[k] > top ? log_lam[k] : top;
+    UNROLL for (int64_t k = 0; k < count; ++k) part[k] = exp(log_lam[k] - top);
   }
-  for (int64_t k = 0; k < count; ++k) sum += part[k], shift += part[k] * apart[k];
+  UNROLL for (int64_t k = 0; k < count; ++k) sum += part[k], shift += part[k] * apart[k];
   shift /= sum;
-  for (int64_t k = 0; k < count; ++k) apart[k] -= shift;
+  UNROLL for (int64_t k = 0; k < count; ++k) apart[k] -= shift;
   return {top, sum, shift};
 }
 

@@ -40,9 +40,12 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         "triton": Capability("cuda", _LOW),
         "cuda": Capability("cuda", _LOW),
     },
-    "product_of_gaussians": {
-        "reference": Capability("any", (*_LOW, torch.float64)),
-        "cpu": Capability("cpu", (*_LOW, torch.float64)),
+    **{
+        op: {
+            "reference": Capability("any", (*_LOW, torch.float64)),
+            "cpu": Capability("cpu", (*_LOW, torch.float64)),
+        }
+        for op in ("gaussian_divergence", "gaussian_overlap", "product_of_gaussians")
     },
     **{
         op: {"reference": Capability("any", (*_LOW, torch.float64))}
@@ -50,8 +53,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "distance_hinge",
             "cosine_contrastive",
             "supcon",
-            "gaussian_divergence",
-            "gaussian_overlap",
             "posterior_mean",
             "posterior_draw",
             "knn_radius",

@@ -1,0 +1,88 @@
+// gaussian: divergences of diagonal Gaussians P = N(m, e^l), Q = N(n, e^k) as products of what P has and what Q has. No includes and
+// no guard: included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
+//
+//     2 KL = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) ] + sum_d [ -l - 1 ] + sum_d [ k + n^2 e^-k ]
+//     2 J  = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) + e^-l (e^k + n^2) - 2m e^-l n ] + sum_d [ m^2 e^-l - 2 ] + sum_d [ n^2 e^-k ]
+//
+// With G the gradient of the matrix, G @ right and G^T @ left are all that its derivatives need.
+#ifndef HOST_DEVICE
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+#endif
+
+constexpr int kKl = 0, kJeffreys = 1, kBhattacharyya = 2;
+constexpr int operands(int kind) { return kind == kJeffreys ? 4 : 2; }
+
+// What a Gaussian adds to its whole row or column, and the size of what cancels there.
+template <class V> struct Own {
+  V term, size;
+};
+
+template <class V> HOST_DEVICE V magnitude(V v) { return v < V{} ? -v : v; }
+
+template <int kKind, class V, class Exp> HOST_DEVICE Own<V> left(V m, V l, V* a, const Exp& exp) {
+  a[0] = exp(l) + m * m;
+  a[1] = -2 * m;
+  if constexpr (kKind == kKl) return {-1 - l, 1 + magnitude(l)};
+  const V precision = exp(-l), square = m * m * precision;
+  a[2] = precision;
+  a[3] = -2 * m * precision;
+  return {square - 2, 3 * square + 2};
+}
+
+template <int kKind, class V, class Exp> HOST_DEVICE Own<V> right(V n, V k, V* b, const Exp& exp) {
+  const V precision = exp(-k), square = n * n * precision;
+  b[0] = precision;
+  b[1] = n * precision;
+  if constexpr (kKind == kKl) return {k + square, 3 * square + magnitude(k)};
+  b[2] = exp(k) + n * n;
+  b[3] = n;
+  return {square, 3 * square};
+}
+
+template <class V> struct Slope {
+  V mean, logvar;
+};
+
+// From h = G @ right and mass = sum_j G_ij: of sum_ij G_ij D_ij for P_i.
+template <int kKind, class V, class A, class Exp> HOST_DEVICE Slope<V> left_slope(V m, V l, const V* h, A mass, const Exp& exp) {
+  if constexpr (kKind == kBhattacharyya) return {h[0] / 2, h[1] / 4};
+  V of_m = m * h[0] - h[1], of_l = exp(l) * h[0];
+  if constexpr (kKind == kKl) return {of_m, (of_l - mass) / 2};
+  const V precision = exp(-l), pulled = m * mass - h[3];
+  return {of_m + precision * pulled, (of_l - precision * (h[2] - m * h[3] + m * pulled)) / 2};
+}
+
+// From g = G^T @ left and mass = sum_i G_ij: the same for Q_j.
+template <int kKind, class V, class A, class Exp> HOST_DEVICE Slope<V> right_slope(V n, V k, const V* g, A mass, const Exp& exp) {
+  if constexpr (kKind == kBhattacharyya) return {g[0] / 2, g[1] / 4};
+  const V precision = exp(-k), of_n = precision * (g[1] / 2 + n * mass), of_k = -precision * (g[0] + n * (g[1] + n * mass));
+  if constexpr (kKind == kKl) return {of_n, (of_k + mass) / 2};
+  return {of_n + n * g[2] + g[3] / 2, (of_k + exp(k) * g[2]) / 2};
+}
+
+// One dimension of the Bhattacharyya distance: its derivatives for P are 2 [ mean ] and 4 [ logvar ], those for Q with the other sign
+// of d and with v and w exchanged. v = e^l, w = e^k, d = m - n.
+template <class V> HOST_DEVICE void bhattacharyya_slopes(V d, V v, V w, V gradient, Slope<V>& of_p, Slope<V>& of_q) {
+  const V inverse = 1 / (v + w), t = d * inverse, pull = gradient * t, square = pull * t, tilt = gradient * (v - w) * inverse;
+  of_p.mean += pull;
+  of_p.logvar += tilt - square * v;
+  of_q.mean -= pull;
+  of_q.logvar -= tilt + square * w;
+}
+
+// f(d) = max(0, margin - d) or 1 / (1 + d) and its derivative. NaN stays NaN.
+template <class V> struct Push {
+  V value, slope;
+};
+template <class V, class A> HOST_DEVICE Push<V> push(V d, A margin, bool hinge) {
+  if (!hinge) {
+    const V f = 1 / (1 + d);
+    return {f, -f * f};
+  }
+  const V short_by = margin - d;
+  return {short_by <= 0 ? V{} : short_by, short_by <= 0 ? V{} : V{} - 1};
+}
