@@ -5,9 +5,13 @@ import torch
 
 from imbdiff import ops
 
+from .floors import device
+from .harness import Case, backward, forward, ours
+
 
 def gaussians(N, D):
-    return [torch.randn(N, D, requires_grad=True), (torch.randn(N, D) / 2).requires_grad_()]
+    mean, logvar = torch.randn(2, N, D, device=device())
+    return [mean.requires_grad_(), (logvar / 2).requires_grad_()]
 
 
 def kl(m, l, n, k):
@@ -51,64 +55,53 @@ class Expert(torch.autograd.Function):
         return m * h[:, :D] - h[:, D:], (variance * h[:, :D] - rows) / 2, of_n, of_k
 
 
-def both(loss, leaves, grad=None):
-    return lambda: torch.autograd.grad(loss(*leaves), leaves, grad)
-
-
-def test_kl_matrix(rivals):
-    N, D = 1000, 2048
-    leaves, grad = gaussians(N, D) + gaussians(N, D), torch.randn(N, N)
-    forms = {"imbdiff": ops.gaussian_divergence, "eager": kl, "compile": torch.compile(kl), "expert": Expert.apply}
-    rivals(
-        f"gaussian_kl-{N}x{N}x{D}",
-        {name: both(form, leaves, grad) for name, form in forms.items()},
-        bytes_moved=12 * N * D * 4 + 2 * N * N * 4,
-        flops=12 * N * N * D,
-        rounds=7,
+def made(op, shape, rivals, leaves, flops, extra_bytes=0):
+    row = sum(x.numel() for x in leaves) * 4
+    return Case(
+        op=op,
+        shape=shape,
+        dtype="float32",
+        modes={
+            "forward": {name: forward(f, *leaves) for name, f in rivals.items()},
+            "forward+backward": {name: backward(f, leaves, *leaves) for name, f in rivals.items()},
+        },
+        bytes_moved={"forward": row + extra_bytes, "forward+backward": 3 * row + 2 * extra_bytes},
+        flops={"forward": flops, "forward+backward": 3 * flops},
     )
 
 
-@pytest.mark.parametrize("tiles", ["all", "some"])
-def test_kl_overlap(rivals, tiles):
-    """The hinge at about the median; "some": one 64 x 64 tile in ten, drawn at random."""
-    N, D, margin = 2048, 512, 600.0
+def matrix_case(kind, N, D):
+    form = kl if kind == "kl" else bhattacharyya
+    rivals = ours(lambda *x: ops.gaussian_divergence(*x, kind=kind)) | {"eager": form, "compile": torch.compile(form)}
+    if kind == "kl":
+        rivals["expert"] = Expert.apply
     leaves = gaussians(N, D) + gaussians(N, D)
-    mask = (torch.rand(N // 64, N // 64) < 0.1).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    return made("gaussian_divergence", f"{kind}-{N}x{N}x{D}", rivals, leaves, 4 * N * N * D, 4 * N * N)
+
+
+def overlap_case(tiles, N, D):
+    """A hinge that most pairs are within; "some": one 64 x 64 tile in ten, drawn at random."""
+    margin = 1.2 * D
+    leaves = gaussians(N, D) + gaussians(N, D)
+    mask = (torch.rand(N // 64, N // 64) < 0.1).repeat_interleave(64, 0).repeat_interleave(64, 1).to(device())
 
     def loss(divergence):
         if tiles == "all":
             return lambda *x: (margin - divergence(*x)).relu().mean()
         return lambda *x: ((margin - divergence(*x)).relu() * mask).sum() / mask.sum()
 
-    def ours(*x):
+    def imbdiff(*x):
         return ops.gaussian_overlap_loss(*x, margin=margin, pairs="all", mask=None if tiles == "all" else mask)
 
-    forms = {"imbdiff": ours, "eager": loss(kl), "compile": torch.compile(loss(kl)), "expert": loss(Expert.apply)}
-    rivals(
-        f"gaussian_overlap-{N}x{N}x{D}-{tiles}",
-        {name: both(form, leaves) for name, form in forms.items()},
-        bytes_moved=12 * N * D * 4,
-        flops=16 * N * N * D,
-        rounds=7,
-    )
+    rivals = {"eager": loss(kl), "compile": torch.compile(loss(kl)), "expert": loss(Expert.apply)}
+    return made("gaussian_overlap", f"kl-{tiles}-{N}x{N}x{D}", ours(imbdiff) | rivals, leaves, 4 * N * N * D)
 
 
-@pytest.mark.parametrize("backward", [True, False], ids=["both", "forward"])
-def test_bhattacharyya_matrix(rivals, backward):
-    N = D = 512
-    leaves, grad = gaussians(N, D) + gaussians(N, D), torch.randn(N, N)
-    compiled = torch.compile(bhattacharyya)
+@pytest.mark.parametrize(("kind", "N", "D"), [("kl", 1000, 2048), ("bhattacharyya", 512, 512)])
+def test_divergence(compare, kind, N, D):
+    compare(matrix_case, kind, N, D)
 
-    def ours(*x):
-        return ops.gaussian_divergence(*x, kind="bhattacharyya")
 
-    def forward(form):
-        return torch.no_grad()(lambda: form(*leaves))
-
-    run = (lambda form: both(form, leaves, grad)) if backward else forward
-    rivals(
-        f"gaussian_bhattacharyya-{N}x{N}x{D}-{'both' if backward else 'forward'}",
-        {"imbdiff": run(ours), "eager": run(bhattacharyya), "compile": run(compiled)},
-        bytes_moved=12 * N * D * 4,
-        rounds=5,
-    )
+@pytest.mark.parametrize("tiles", ["all", "some"])
+def test_overlap(compare, tiles):
+    compare(overlap_case, tiles, 2048, 512)

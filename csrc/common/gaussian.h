@@ -64,6 +64,18 @@ template <int kKind, class V, class A, class Exp> HOST_DEVICE Slope<V> right_slo
   return {of_n + n * g[2] + g[3] / 2, (of_k + exp(k) * g[2]) / 2};
 }
 
+// One dimension of a pair from its differences: d = m - n, x = l - k, growth = e^x - 1, back = e^-x - 1, with the precisions e^-l of P
+// and e^-k of Q. Derivatives of KL or Jeffreys times the gradient, for P and for Q.
+template <int kKind, class V>
+HOST_DEVICE void pair_slopes(V d, V growth, V back, V of_l, V of_k, V gradient, Slope<V>& of_p, Slope<V>& of_q) {
+  V pull = gradient * d * of_k, tilt = gradient * growth, square_p{}, square_q = pull * d;
+  if constexpr (kKind == kJeffreys) square_p = gradient * d * d * of_l, pull += gradient * d * of_l, tilt -= gradient * back;
+  of_p.mean += pull;
+  of_q.mean -= pull;
+  of_p.logvar += (tilt - square_p) / 2;
+  of_q.logvar -= (tilt + square_q) / 2;
+}
+
 // One dimension of the Bhattacharyya distance: its derivatives for P are 2 [ mean ] and 4 [ logvar ], those for Q with the other sign
 // of d and with v and w exchanged. v = e^l, w = e^k, d = m - n.
 template <class V> HOST_DEVICE void bhattacharyya_slopes(V d, V v, V w, V gradient, Slope<V>& of_p, Slope<V>& of_q) {

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <tuple>
 #include <vector>
 
@@ -32,6 +33,38 @@ struct Choice {
   double margin = 0, scale = 1;
   bool same_set = false;
   bool any() const { return mask || pairs != kAll || same_set; }
+};
+
+// Pairs of a tile whose gradient is taken from their differences, as their value was: the products would cancel there.
+struct Near {
+  int64_t row, column;
+  double slope;
+};
+class Nears {
+ public:
+  Nears() = default;
+  Nears(const Nears&) = delete;
+  ~Nears() { std::free(data); }
+  void add(Near pair) {
+    if (count == room) {
+      room = room ? 2 * room : 16;
+      data = static_cast<Near*>(std::realloc(data, room * sizeof(Near)));
+      STD_TORCH_CHECK(data != nullptr, "gaussian_overlap: no memory for ", room, " close pairs of a tile");
+    }
+    data[count++] = pair;
+  }
+  const Near* begin() const { return data; }
+  const Near* end() const { return data + count; }
+
+ private:
+  Near* data = nullptr;
+  int64_t count = 0, room = 0;
+};
+struct NearTiles {
+  explicit NearTiles(int64_t tiles) : of(new Nears[tiles]) {}
+  NearTiles(const NearTiles&) = delete;
+  ~NearTiles() { delete[] of; }
+  Nears* of;
 };
 
 struct Outputs {  // null where no gradient is wanted
