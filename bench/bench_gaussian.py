@@ -97,11 +97,15 @@ def overlap_case(tiles, N, D):
     return made("gaussian_overlap", f"kl-{tiles}-{N}x{N}x{D}", ours(imbdiff) | rivals, leaves, 4 * N * N * D)
 
 
+def case(what, *args):
+    return {"divergence": matrix_case, "overlap": overlap_case}[what](*args)
+
+
 @pytest.mark.parametrize(("kind", "N", "D"), [("kl", 1000, 2048), ("bhattacharyya", 512, 512)])
 def test_divergence(compare, kind, N, D):
-    compare(matrix_case, kind, N, D)
+    compare(case, "divergence", kind, N, D)
 
 
 @pytest.mark.parametrize("tiles", ["all", "some"])
 def test_overlap(compare, tiles):
-    compare(overlap_case, tiles, 2048, 512)
+    compare(case, "overlap", tiles, 2048, 512)

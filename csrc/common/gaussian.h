@@ -1,8 +1,9 @@
-// gaussian: divergences of diagonal Gaussians P = N(m, e^l), Q = N(n, e^k) as products of what P has and what Q has. No includes and
-// no guard: included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
+// gaussian: divergences of diagonal Gaussians P = N(m, e^l), Q = N(n, e^k) as products of what P has and what Q has. No includes
+// and no guard: included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
 //
 //     2 KL = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) ] + sum_d [ -l - 1 ] + sum_d [ k + n^2 e^-k ]
-//     2 J  = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) + e^-l (e^k + n^2) - 2m e^-l n ] + sum_d [ m^2 e^-l - 2 ] + sum_d [ n^2 e^-k ]
+//     2 J  = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) + e^-l (e^k + n^2) - 2m e^-l n ]
+//          + sum_d [ m^2 e^-l - 2 ] + sum_d [ n^2 e^-k ]
 //
 // With G the gradient of the matrix, G @ right and G^T @ left are all that its derivatives need.
 #ifndef HOST_DEVICE
@@ -64,8 +65,8 @@ template <int kKind, class V, class A, class Exp> HOST_DEVICE Slope<V> right_slo
   return {of_n + n * g[2] + g[3] / 2, (of_k + exp(k) * g[2]) / 2};
 }
 
-// One dimension of a pair from its differences: d = m - n, x = l - k, growth = e^x - 1, back = e^-x - 1, with the precisions e^-l of P
-// and e^-k of Q. Derivatives of KL or Jeffreys times the gradient, for P and for Q.
+// One dimension of a pair from its differences: d = m - n, x = l - k, growth = e^x - 1, back = e^-x - 1, with the precisions e^-l
+// of P and e^-k of Q. Derivatives of KL or Jeffreys times the gradient, for P and for Q.
 template <int kKind, class V>
 HOST_DEVICE void pair_slopes(V d, V growth, V back, V of_l, V of_k, V gradient, Slope<V>& of_p, Slope<V>& of_q) {
   V pull = gradient * d * of_k, tilt = gradient * growth, square_p{}, square_q = pull * d;
@@ -76,8 +77,8 @@ HOST_DEVICE void pair_slopes(V d, V growth, V back, V of_l, V of_k, V gradient, 
   of_q.logvar -= (tilt + square_q) / 2;
 }
 
-// One dimension of the Bhattacharyya distance: its derivatives for P are 2 [ mean ] and 4 [ logvar ], those for Q with the other sign
-// of d and with v and w exchanged. v = e^l, w = e^k, d = m - n.
+// One dimension of the Bhattacharyya distance: twice its derivative for the mean and four times that for the log-variance, of P
+// and of Q; v = e^l, w = e^k, d = m - n.
 template <class V> HOST_DEVICE void bhattacharyya_slopes(V d, V v, V w, V gradient, Slope<V>& of_p, Slope<V>& of_q) {
   const V inverse = 1 / (v + w), t = d * inverse, pull = gradient * t, square = pull * t, tilt = gradient * (v - w) * inverse;
   of_p.mean += pull;

@@ -15,7 +15,8 @@ template <class V> struct Mixture {
 };
 
 // UNROLL is the includer's. Fills part; apart comes in as m_k - m_0 and leaves as m_k - mean. Two factors need one exponential.
-template <int kCount, class V, class Exp> HOST_DEVICE Mixture<V> mix(const V* log_lam, V* part, V* apart, int64_t count, const Exp& exp) {
+template <int kCount, class V, class Exp>
+HOST_DEVICE Mixture<V> mix(const V* log_lam, V* part, V* apart, int64_t count, const Exp& exp) {
   if constexpr (kCount > 0) count = kCount;
   V top = log_lam[0], sum{}, shift{};
   if constexpr (kCount == 2) {

@@ -1,5 +1,5 @@
-// gaussian on the CPU: divergences of all pairs as a product of matrices (KL, Jeffreys) or element by element (Bhattacharyya), the loss
-// on selected pairs, and the gradients of both.
+// gaussian on the CPU: divergences of all pairs as a product of matrices (KL, Jeffreys) or element by element (Bhattacharyya),
+// the loss on selected pairs, and the gradients of both.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -85,7 +85,8 @@ Set set_of(const char* op, const Tensor& mean, const Tensor& logvar, int64_t b) 
   const ScalarType type = mean.scalar_type();
   const bool shared = logvar.size(rank - 1) == 1;
   const ScalarType wanted = !shared ? type : type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(logvar.scalar_type() == wanted, op, ": log-variances must have the means' type, or the accumulator's if shared");
+  STD_TORCH_CHECK(logvar.scalar_type() == wanted, op,
+                  ": log-variances must have the means' type, or the accumulator's if shared");
   const auto at = [&](const Tensor& x, int64_t size) {
     return static_cast<const char*>(x.const_data_ptr()) + (rank == 3 ? b * x.stride(0) * size : 0);
   };
@@ -93,7 +94,8 @@ Set set_of(const char* op, const Tensor& mean, const Tensor& logvar, int64_t b) 
           logvar.stride(rank - 2), shared};
 }
 
-Tensor gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q, int64_t kind) {
+Tensor gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
+                           int64_t kind) {
   const char* const op = "gaussian_divergence";
   const int64_t L = mean_p.size(0), N = mean_p.size(1), M = mean_q.size(1);
   const ScalarType acc = mean_p.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -114,8 +116,10 @@ struct Gradients {
   Tensor tensors[4];
   std::vector<bool> needs;
 
-  Gradients(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q, const std::vector<bool>& wanted)
-      : tensors{make(mean_p, wanted[0]), make(logvar_p, wanted[1]), make(mean_q, wanted[2]), make(logvar_q, wanted[3])}, needs(wanted) {}
+  Gradients(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
+            const std::vector<bool>& wanted)
+      : tensors{make(mean_p, wanted[0]), make(logvar_p, wanted[1]), make(mean_q, wanted[2]), make(logvar_q, wanted[3])},
+        needs(wanted) {}
   static Tensor make(const Tensor& x, bool need) {
     if (!need) return torch::stable::new_empty(x, {0});
     std::vector<int64_t> sizes;
@@ -149,8 +153,8 @@ Four gaussian_divergence_bwd(const Tensor& grad, const Tensor& mean_p, const Ten
   return gradients.all();
 }
 
-Choice choice_of(const Tensor& labels_p, const Tensor& labels_q, const Tensor& mask, const Tensor& weight, int64_t form, double margin,
-                 double scale, int64_t pairs, bool same_set) {
+Choice choice_of(const Tensor& labels_p, const Tensor& labels_q, const Tensor& mask, const Tensor& weight, int64_t form,
+                 double margin, double scale, int64_t pairs, bool same_set) {
   Choice c;
   c.labels_p = static_cast<const int64_t*>(labels_p.const_data_ptr());
   c.labels_q = static_cast<const int64_t*>(labels_q.const_data_ptr());
@@ -160,10 +164,10 @@ Choice choice_of(const Tensor& labels_p, const Tensor& labels_q, const Tensor& m
   return c;
 }
 
-std::tuple<Tensor, Tensor> gaussian_overlap(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
-                                            const Tensor& labels_p, const Tensor& labels_q, const Tensor& mask, const Tensor& weight,
-                                            int64_t kind, int64_t form, double margin, double scale, int64_t pairs, bool mean,
-                                            bool same_set) {
+std::tuple<Tensor, Tensor> gaussian_overlap(
+    const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q, const Tensor& labels_p,
+    const Tensor& labels_q, const Tensor& mask, const Tensor& weight, int64_t kind, int64_t form, double margin, double scale,
+    int64_t pairs, bool mean, bool same_set) {
   const char* const op = "gaussian_overlap";
   Tensor loss = torch::stable::new_empty(weight, {}), normalizer = torch::stable::new_empty(weight, {});
   double sum = 0;
@@ -183,10 +187,10 @@ std::tuple<Tensor, Tensor> gaussian_overlap(const Tensor& mean_p, const Tensor& 
   return {loss, normalizer};
 }
 
-Four gaussian_overlap_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
-                          const Tensor& labels_p, const Tensor& labels_q, const Tensor& mask, const Tensor& weight,
-                          const Tensor& normalizer, int64_t kind, int64_t form, double margin, double scale, int64_t pairs,
-                          bool same_set, const std::vector<bool>& needs) {
+Four gaussian_overlap_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q,
+                          const Tensor& logvar_q, const Tensor& labels_p, const Tensor& labels_q, const Tensor& mask,
+                          const Tensor& weight, const Tensor& normalizer, int64_t kind, int64_t form, double margin,
+                          double scale, int64_t pairs, bool same_set, const std::vector<bool>& needs) {
   const char* const op = "gaussian_overlap";
   Gradients gradients(mean_p, logvar_p, mean_q, logvar_q, needs);
   if (mean_p.size(0) == 0 || mean_q.size(0) == 0) return gradients.all();

@@ -46,8 +46,7 @@ using generic::Acc;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class T> constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : std::is_same_v<T, float> ? ScalarType::Float
-    : std::is_same_v<T, Half> ? ScalarType::Half : ScalarType::BFloat16;
+template <class A> constexpr ScalarType kType = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;  // of accumulators
 
 // One number a row: in the accumulator's type as the public function gives it.
 bool is_shared(const Tensor& logvar) { return logvar.size(1) == 1; }
@@ -62,8 +61,10 @@ template <class T> struct Call {
     for (int64_t k = 0; k < K; ++k) {
       means.push_back({m[k].const_data_ptr(), m[k].stride(0), nullptr});
       if (is_shared(l[k])) {
-        STD_TORCH_CHECK(l[k].scalar_type() == kType<Acc<T>>, "product_of_gaussians: logvars [B, 1] must be in the accumulator's type");
-        for (int64_t i = 0; i < B; ++i) shared[k].push_back(static_cast<const Acc<T>*>(l[k].const_data_ptr())[i * l[k].stride(0)]);
+        STD_TORCH_CHECK(l[k].scalar_type() == kType<Acc<T>>,
+                        "product_of_gaussians: logvars [B, 1] must be in the accumulator's type");
+        const auto* const numbers = static_cast<const Acc<T>*>(l[k].const_data_ptr());
+        for (int64_t i = 0; i < B; ++i) shared[k].push_back(numbers[i * l[k].stride(0)]);
       }
       logvars.push_back({l[k].const_data_ptr(), l[k].stride(0), is_shared(l[k]) ? shared[k].data() : nullptr});
     }
@@ -104,8 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> product_of_gaussians(const std::vector<Tensor
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> product_of_gaussians_bwd(
-    const Tensor& grad_mean, const Tensor& grad_log_precision, const Tensor& grad_log_normalizer, const std::vector<Tensor>& means,
-    const std::vector<Tensor>& logvars, const Tensor& exponents, const std::vector<bool>& needs) {
+    const Tensor& grad_mean, const Tensor& grad_log_precision, const Tensor& grad_log_normalizer,
+    const std::vector<Tensor>& means, const std::vector<Tensor>& logvars, const Tensor& exponents,
+    const std::vector<bool>& needs) {
   const int64_t B = means[0].size(0), K = means.size();
   std::vector<Tensor> of_means, of_logvars;
   std::vector<Outputs> outputs;
