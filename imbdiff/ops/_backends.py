@@ -45,7 +45,13 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "reference": Capability("any", (*_LOW, torch.float64)),
             "cpu": Capability("cpu", (*_LOW, torch.float64)),
         }
-        for op in ("gaussian_divergence", "gaussian_overlap", "product_of_gaussians")
+        for op in (
+            "gaussian_divergence",
+            "gaussian_overlap",
+            "product_of_gaussians",
+            "knn_radius",
+            "ball_count",
+        )
     },
     **{
         op: {"reference": Capability("any", (*_LOW, torch.float64))}
@@ -55,8 +61,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "supcon",
             "posterior_mean",
             "posterior_draw",
-            "knn_radius",
-            "ball_count",
         )
     },
 }

@@ -80,7 +80,9 @@ def test_a_tie_at_the_radius_is_outside(d, offset, dtype):
     radius = ops.knn_radius(x, 4, squared=True)
     balls, inhabitants = ops.ball_count(x, x, radius)
     pairs = all_pairs(x[:5], x).to(dtype)
-    assert torch.equal(balls[:5], (pairs < radius).sum(1))
+    # In float64 a sum in another order moves the tie by its last digits; in float32 nothing does.
+    inner = radius * (1 - 1e-14) if dtype == F64 else radius
+    assert torch.equal(balls[:5], (pairs < inner).sum(1))
     # In one dimension and float32 a few rows share a distance, so that fewer lie strictly inside.
     ties = 600 * 4 - int(inhabitants.sum())
     assert ties == 0 if dtype == F64 or d > 2 else 0 <= ties < 60
