@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import pytest
 
-from .harness import MAIN
 from .harness import compare as take
 
 
@@ -29,7 +28,7 @@ def compare(request, capsys, benchmark):
             record = take(make, *args)
             print("\n" + shown(record))
         benchmark.extra_info.update(asdict(record))
-        benchmark.pedantic(make(*args).modes[MAIN]["imbdiff"], rounds=5, warmup_rounds=1)
+        benchmark.pedantic(make(*args).modes[record.main]["imbdiff"], rounds=5, warmup_rounds=1)
         if request.config.getoption("--record"):
             if record.disturbed:
                 pytest.fail("nothing recorded, run it again alone: " + "; ".join(record.disturbed))

@@ -13,10 +13,15 @@ from pathlib import Path
 
 from .chart import draw
 from .floors import RESULTS
-from .harness import MAIN, Record
+from .harness import Record
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-SOURCES = {"two_branch": "bench_two_branch.py", "negative_distance": "bench_contrast.py"}
+SOURCES = {
+    "two_branch": "bench_two_branch.py",
+    "negative_distance": "bench_contrast.py",
+    "knn_radius": "bench_neighbours.py",
+    "ball_count": "bench_neighbours.py",
+}
 """The file that measures an operation, where it is not `bench_OP.py`."""
 
 
@@ -70,7 +75,7 @@ def table(device: str, records: list[Record]) -> str:
         [
             f"**{device}**: {conditions(records)}",
             markdown(head, rows, left=2),
-            f"Peak memory beyond inputs and results, {MAIN}, MB:",
+            f"Peak memory beyond inputs and results, {records[0].main}, MB:",
             markdown(["shape", "imbdiff", *rivals], memory, left=1),
             *sorted(
                 {f"Without {rival} at {r.shape} {r.dtype}: {why}." for r in records for rival, why in r.absent.items()}

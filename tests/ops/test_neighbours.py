@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imbdiff import ops
+from imbdiff.ops import _backends
 
 F64 = torch.float64
 
@@ -95,6 +96,34 @@ def test_radii_that_differ_in_the_last_digit():
     assert torch.equal(squared, brute_radius(x, 3).float())
     balls, _ = ops.ball_count(x, x, squared)
     assert torch.equal(balls, (all_pairs(x, x).float() < squared).sum(1))
+
+
+@pytest.mark.parametrize("n", [3100, 8300])
+def test_blocks_of_every_size(n):
+    """The reference's results to the last bit."""
+    x = rows(n, 6, 4, dtype=torch.float32)
+    with ops.use("reference"):
+        want = ops.knn_radius(x, 3, squared=True)
+        counts = ops.ball_count(x[:700], x, want)
+    assert torch.equal(ops.knn_radius(x, 3, squared=True), want)
+    for got, count in zip(ops.ball_count(x[:700], x, want), counts, strict=True):
+        assert torch.equal(got, count)
+
+
+@pytest.mark.skipif("cpu" in _backends.PROBLEMS, reason="no compiled CPU library")
+@pytest.mark.parametrize("scale", [1e19, 1e-22, 0.0])
+def test_squares_that_float32_does_not_hold(scale):
+    """What overflows or vanishes while rows are screened is decided by differences in float64 all the same."""
+    x = (rows(300, 5, 5) * scale).float()
+    pairs = (x.double()[:, None] - x.double()).square().sum(2)
+    with ops.use("cpu"):
+        radius = ops.knn_radius(x, 4, squared=True)
+        balls, inhabitants = ops.ball_count(x, x, radius)
+    others = pairs.masked_fill(torch.eye(len(x), dtype=torch.bool), torch.inf)
+    assert torch.equal(radius, others.sort(1).values[:, 3].float())
+    inside = pairs.float() < radius
+    assert torch.equal(balls, inside.sum(1))
+    assert torch.equal(inhabitants, inside.sum(0))
 
 
 @settings(max_examples=30, deadline=None)
