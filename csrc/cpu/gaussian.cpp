@@ -118,13 +118,16 @@ struct Gradients {
 
   Gradients(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
             const std::vector<bool>& wanted)
-      : tensors{make(mean_p, wanted[0]), make(logvar_p, wanted[1]), make(mean_q, wanted[2]), make(logvar_q, wanted[3])},
+      : Gradients({mean_p, logvar_p, mean_q, logvar_q}, wanted, mean_p.numel() && mean_q.numel()) {}
+  Gradients(const std::vector<Tensor>& x, const std::vector<bool>& wanted, bool some)  // none to compute: zeros
+      : tensors{make(x[0], wanted[0], some), make(x[1], wanted[1], some), make(x[2], wanted[2], some),
+                make(x[3], wanted[3], some)},
         needs(wanted) {}
-  static Tensor make(const Tensor& x, bool need) {
+  static Tensor make(const Tensor& x, bool need, bool some) {
     if (!need) return torch::stable::new_empty(x, {0});
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
-    return torch::stable::new_zeros(x, sizes);
+    return some ? torch::stable::new_empty(x, sizes) : torch::stable::new_zeros(x, sizes);
   }
   Outputs at(int64_t b) {
     void* to[4];
