@@ -1,4 +1,4 @@
-// contrast, op negative_distance: E_ij = scale |x_i - y_j|^2, its score and the weights of its gradient. No includes and no guard:
+// contrast: E_ij = scale |x_i - y_j|^2, scores of the losses and the weights of their gradients. No includes and no guard:
 // included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
 #ifndef HOST_DEVICE
 #ifdef __CUDACC__
@@ -40,4 +40,16 @@ template <class A, class Exp>
 HOST_DEVICE Weight<A> row_weight(bool per_row, bool anchored, A log_z, A lse, A weight_over_n, const Exp& exp) {
   if (!per_row) return {log_z, A(1)};
   return anchored ? Weight<A>{A(0), weight_over_n * exp(-lse)} : Weight<A>{lse, weight_over_n};
+}
+
+// distance_hinge: what an energy lacks to the margin. NaN passes.
+template <class V, class A> HOST_DEVICE V shortfall(V e, A margin) {
+  const V lack = margin - e;
+  return lack < V{} ? V{} : lack;
+}
+
+// cosine_contrastive, supcon: E = (1 - cos) / tau, of unit rows |x_i - x_j|^2 / (2 tau); pairs that do not count lie at infinity.
+template <class V, class A> HOST_DEVICE V cosine(V e, A tau) {
+  const V c = A(1) - tau * e;
+  return c < V{} - 1 ? V{} - 1 : c;
 }

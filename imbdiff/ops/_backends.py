@@ -46,6 +46,9 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "cpu": Capability("cpu", (*_LOW, torch.float64)),
         }
         for op in (
+            "distance_hinge",
+            "cosine_contrastive",
+            "supcon",
             "gaussian_divergence",
             "gaussian_overlap",
             "product_of_gaussians",
@@ -56,9 +59,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     **{
         op: {"reference": Capability("any", (*_LOW, torch.float64))}
         for op in (
-            "distance_hinge",
-            "cosine_contrastive",
-            "supcon",
             "posterior_mean",
             "posterior_draw",
         )

@@ -22,18 +22,20 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor negatives, Tensor weight, Tensor lse, Tensor saved, float scale,"
         " bool include_self, bool per_row, bool split_k) -> Tensor"
     ),
-    "distance_hinge": "(Tensor x, float margin, float scale) -> (Tensor, Tensor)",
-    "distance_hinge_bwd": "(Tensor grad, Tensor x, Tensor saved, float margin, float scale) -> Tensor",
+    "distance_hinge": "(Tensor x, float margin, float scale, bool split_k) -> (Tensor, Tensor)",
+    "distance_hinge_bwd": "(Tensor grad, Tensor x, Tensor saved, float margin, float scale, bool split_k) -> Tensor",
     "cosine_contrastive": (
-        "(Tensor x, Tensor negatives, Tensor weight, float tau, bool include_self) -> (Tensor, Tensor, Tensor)"
+        "(Tensor x, Tensor negatives, Tensor weight, float tau, bool include_self, bool split_k)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "cosine_contrastive_bwd": (
         "(Tensor grad, Tensor x, Tensor negatives, Tensor weight, Tensor lse, Tensor saved, float tau,"
-        " bool include_self) -> Tensor"
+        " bool include_self, bool split_k) -> Tensor"
     ),
-    "supcon": "(Tensor x, Tensor labels, Tensor weight, float tau) -> (Tensor, Tensor, Tensor)",
+    "supcon": "(Tensor x, Tensor labels, Tensor weight, float tau, bool split_k) -> (Tensor, Tensor, Tensor)",
     "supcon_bwd": (
-        "(Tensor grad, Tensor x, Tensor labels, Tensor weight, Tensor lse, Tensor saved, float tau) -> Tensor"
+        "(Tensor grad, Tensor x, Tensor labels, Tensor weight, Tensor lse, Tensor saved, float tau,"
+        " bool split_k) -> Tensor"
     ),
     "gaussian_divergence": "(Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind) -> Tensor",
     "gaussian_divergence_bwd": (

@@ -109,13 +109,19 @@ def distance_hinge_loss(x: Tensor, *, margin: float, per_dim: bool = False) -> T
 def distance_hinge_arguments(x: Tensor, flatten: Flatten, margin: float, per_dim: bool = False) -> tuple[Any, ...]:
     op = "distance_hinge_loss"
     _check.tensor(op, "x", x, symbols="[N, ...]")
-    return _check.positive(op, "margin", margin), 1 / width(x) if per_dim else 1.0
+    scale = 1 / width(x) if per_dim else 1.0
+    return _check.positive(op, "margin", margin), scale, few_and_wide(len(x), 0, width(x))
 
 
 def few_and_wide(N: int, M: int, D: int) -> bool:
     """The plan. Of few and enormous rows the width is cut into parts (split-K), and the N x (N + M) distances are worth
     keeping for the backward; of others tiles of distances are made and forgotten (streaming)."""
     return N <= 1024 and N + M <= 4096 and D >= 1024
+
+
+def keeps_matrix(backend: str, split_k: bool) -> bool:
+    """Whether this back end keeps the matrix of the forward; the others have one plan."""
+    return split_k and backend in ("cpu", "cuda")
 
 
 def width(x: Tensor) -> int:
@@ -159,15 +165,15 @@ def _fake(
     split_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, N, M = _check.accumulator(x.dtype), x.shape[0], negatives.shape[0]
-    # The compiled back ends keep the distances; the others have one plan.
-    keeps = split_k and backend in ("cpu", "cuda") and N > 0 and int(not include_self) < N + M
+    keeps = keeps_matrix(backend, split_k) and N > 0 and int(not include_self) < N + M
     saved = x.new_empty((N, N + M) if keeps else 0, dtype=acc)
     return x.new_empty((), dtype=acc), x.new_empty(N, dtype=acc), saved
 
 
-def _fake_hinge(backend: str, x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
-    acc = _check.accumulator(x.dtype)
-    return x.new_empty((), dtype=acc), x.new_empty(0, dtype=acc)
+def _fake_hinge(backend: str, x: Tensor, margin: float, scale: float, split_k: bool) -> tuple[Tensor, Tensor]:
+    acc, N = _check.accumulator(x.dtype), x.shape[0]
+    keeps = keeps_matrix(backend, split_k) and N > 1
+    return x.new_empty((), dtype=acc), x.new_empty((N, N) if keeps else 0, dtype=acc)
 
 
 register(

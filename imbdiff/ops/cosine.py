@@ -9,7 +9,15 @@ from torch import Tensor
 
 from imbdiff.ops import _backends, _check
 from imbdiff.ops._op import Op, call, register
-from imbdiff.ops.contrast import Flatten, loss_backward, loss_fake_bwd, negative_rows
+from imbdiff.ops.contrast import (
+    Flatten,
+    few_and_wide,
+    keeps_matrix,
+    loss_backward,
+    loss_fake_bwd,
+    negative_rows,
+    width,
+)
 from imbdiff.ops.reference import contrast as reference
 
 
@@ -63,7 +71,8 @@ def cosine_contrastive_arguments(
     _check.tensor(op, "x", x, symbols="[N, ...]")
     _check.positive(op, "tau", tau)
     others = negative_rows(op, x, negatives, flatten)
-    return others, _check.row_weight(op, weight, x), float(tau), include_self
+    split_k = few_and_wide(len(x), len(others), width(x))
+    return others, _check.row_weight(op, weight, x), float(tau), include_self, split_k
 
 
 def supcon_loss(x: Tensor, labels: Tensor, *, tau: float = 0.1, weight: Tensor | None = None) -> Tensor:
@@ -99,12 +108,27 @@ def supcon_arguments(
     op = "supcon_loss"
     _check.tensor(op, "x", x, symbols="[N, ...]")
     _check.tensor(op, "labels", labels, x.shape[:1], "[N]", like=x, dtypes=(torch.int64,))
-    return labels.contiguous(), _check.row_weight(op, weight, x), _check.positive(op, "tau", tau)
+    split_k = few_and_wide(len(x), 0, width(x))
+    return labels.contiguous(), _check.row_weight(op, weight, x), _check.positive(op, "tau", tau), split_k
 
 
-def _fake(backend: str, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    acc = _check.accumulator(x.dtype)
-    return x.new_empty((), dtype=acc), x.new_empty(x.shape[0], dtype=acc), x.new_empty(0, dtype=acc)
+def _fake(
+    backend: str, x: Tensor, negatives: Tensor, weight: Tensor, tau: float, include_self: bool, split_k: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, negatives.shape[0], keeps_matrix(backend, split_k))
+
+
+def _fake_supcon(
+    backend: str, x: Tensor, labels: Tensor, weight: Tensor, tau: float, split_k: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, 0, keeps_matrix(backend, split_k))
+
+
+def _outputs(x: Tensor, M: int, keeps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, lse, and where it is kept the matrix with one more row, the lengths."""
+    acc, N = _check.accumulator(x.dtype), x.shape[0]
+    saved = x.new_empty((N + 1, N + M) if keeps and N > 0 and N + M > 1 else 0, dtype=acc)
+    return x.new_empty((), dtype=acc), x.new_empty(N, dtype=acc), saved
 
 
 register(
@@ -123,7 +147,7 @@ register(
         "supcon",
         "contrast",
         reference.supcon,
-        _fake,
+        _fake_supcon,
         reference_bwd=reference.supcon_bwd,
         fake_bwd=loss_fake_bwd,
         backward=loss_backward,

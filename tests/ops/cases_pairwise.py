@@ -72,22 +72,25 @@ def _rows(N: int, D: int, layout: str, dtype: torch.dtype, offset: float = 0.0) 
     return x if layout == "dense" or N == 0 else torch.cat([x, x], 1)[:, :D]
 
 
-def _hinge(N: int, D: int, layout: str, margin: float) -> Make:
-    return lambda dtype: (_rows(N, D, layout, dtype, 1.0), margin, 1 / D)
+def _hinge(N: int, D: int, layout: str, margin: float, split_k: bool) -> Make:
+    return lambda dtype: (_rows(N, D, layout, dtype, 1.0), margin, 1 / D, split_k)
 
 
-def _cosine(N: int, D: int, M: int, include_self: bool, weighted: bool, layout: str, tau: float) -> Make:
+def _cosine(
+    N: int, D: int, M: int, include_self: bool, weighted: bool, layout: str, tau: float, split_k: bool
+) -> Make:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         weight = torch.rand(N if weighted else 0, dtype=accumulator(dtype))
-        return _rows(N, D, layout, dtype, 0.5), _rows(M, D, layout, dtype, 0.5), weight, tau, include_self
+        rows = _rows(N, D, layout, dtype, 0.5), _rows(M, D, layout, dtype, 0.5)
+        return *rows, weight, tau, include_self, split_k
 
     return make
 
 
-def _supcon(N: int, D: int, weighted: bool, layout: str) -> Make:
+def _supcon(N: int, D: int, weighted: bool, layout: str, split_k: bool) -> Make:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         weight = torch.rand(N if weighted else 0, dtype=accumulator(dtype))
-        return _rows(N, D, layout, dtype, 0.5), LABELS.repeat(20)[:N], weight, 0.1
+        return _rows(N, D, layout, dtype, 0.5), LABELS.repeat(20)[:N], weight, 0.1, split_k
 
     return make
 
@@ -148,7 +151,7 @@ def _balls(N: int, M: int, D: int) -> Make:
 
 
 def _distance_condition(args: tuple[Any, ...]) -> float:
-    x, scale = args[0].double(), args[-1]
+    x, scale = args[0].double(), args[2]
     return 8 * scale * float((x - x.mean(0)).square().sum(1).max()) if x.numel() else 0.0
 
 
@@ -158,6 +161,7 @@ def _sums(args: tuple[Any, ...]) -> float:
 
 
 KINDS = ("kl", "jeffreys", "bhattacharyya")
+PLANS = ("stream", "split")
 CASES = [
     Case(
         "gaussian_divergence",
@@ -203,13 +207,14 @@ CASES += [
 CASES += [
     Case(
         "distance_hinge",
-        f"N{N}-D{D}-{layout}-{margin:g}",
-        _hinge(N, D, layout, margin),
+        f"N{N}-D{D}-{layout}-{margin:g}-{plan}",
+        _hinge(N, D, layout, margin, plan == "split"),
         first(1),
         1,
         _distance_condition,
         rounds_rows=True,
     )
+    for plan in PLANS
     for N, D, layout, margin in [
         (4, 5, "dense", 3.0),
         (65, 72, "slice", 2.0),
@@ -222,13 +227,14 @@ CASES += [
 CASES += [
     Case(
         "cosine_contrastive",
-        f"N{N}-D{D}-M{M}-{'self' if own else 'noself'}-{layout}-{tau:g}",
-        _cosine(N, D, M, own, w, layout, tau),
+        f"N{N}-D{D}-M{M}-{'self' if own else 'noself'}-{layout}-{tau:g}-{plan}",
+        _cosine(N, D, M, own, w, layout, tau, plan == "split"),
         first(1),
         outputs=1,
         condition=lambda args: 4 / args[3],
         rounds_rows=True,
     )
+    for plan in PLANS
     for N, D, M, own, w, layout, tau in [
         (4, 5, 0, True, False, "dense", 0.1),
         (63, 72, 0, False, True, "slice", 0.1),
@@ -244,13 +250,14 @@ CASES += [
 CASES += [
     Case(
         "supcon",
-        f"N{N}-D{D}-{'w' if w else 'now'}-{layout}",
-        _supcon(N, D, w, layout),
+        f"N{N}-D{D}-{'w' if w else 'now'}-{layout}-{plan}",
+        _supcon(N, D, w, layout, plan == "split"),
         first(1),
         outputs=1,
         condition=lambda args: 4 / args[3],
         rounds_rows=True,
     )
+    for plan in PLANS
     for N, D, w, layout in [
         (8, 5, False, "dense"),
         (65, 72, True, "slice"),

@@ -39,7 +39,7 @@ def negative_distance_bwd(grad: Tensor, x: Tensor, negatives: Tensor, weight: Te
     return torch.func.vjp(loss, x)[1](grad)[0].contiguous()
 
 
-def distance_hinge(x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
+def distance_hinge(x: Tensor, margin: float, scale: float, split_k: bool = False) -> tuple[Tensor, Tensor]:
     """(loss [], saved [0]): mean over i != j of max(0, margin - scale |x_i - x_j|^2)^2."""
     acc = accumulator(x.dtype)
     rows, N, saved = x.to(acc), x.shape[0], x.new_empty(0, dtype=acc)
@@ -49,12 +49,12 @@ def distance_hinge(x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tens
     return short.masked_fill(_own(short), 0).square().sum() / (N * (N - 1)), saved
 
 
-def distance_hinge_bwd(grad: Tensor, x: Tensor, saved: Tensor, margin: float, scale: float) -> Tensor:
+def distance_hinge_bwd(grad: Tensor, x: Tensor, saved: Tensor, margin: float, scale: float, split_k: bool) -> Tensor:
     return torch.func.vjp(lambda x: distance_hinge(x, margin, scale)[0], x)[1](grad)[0].contiguous()
 
 
 def cosine_contrastive(
-    x: Tensor, negatives: Tensor, weight: Tensor, tau: float, include_self: bool
+    x: Tensor, negatives: Tensor, weight: Tensor, tau: float, include_self: bool, split_k: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], lse [N], saved [0]), lse_i = log sum_j e^((c_ij - 1)/tau) over the terms that count.
 
@@ -72,7 +72,7 @@ def cosine_contrastive(
 
 
 def cosine_contrastive_bwd(grad: Tensor, x: Tensor, negatives: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    _, _, tau, include_self = rest
+    _, _, tau, include_self, _ = rest
 
     def loss(x: Tensor) -> Tensor:
         return cosine_contrastive(x, negatives, weight, tau, include_self)[0]
@@ -80,7 +80,9 @@ def cosine_contrastive_bwd(grad: Tensor, x: Tensor, negatives: Tensor, weight: T
     return torch.func.vjp(loss, x)[1](grad)[0].contiguous()
 
 
-def supcon(x: Tensor, labels: Tensor, weight: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+def supcon(
+    x: Tensor, labels: Tensor, weight: Tensor, tau: float, split_k: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], lse [N], saved [0]), lse_i = log sum_(j != i) e^((c_ij - 1)/tau)."""
     acc = accumulator(x.dtype)
     rows, saved = x.to(acc), x.new_empty(0, dtype=acc)
@@ -96,7 +98,7 @@ def supcon(x: Tensor, labels: Tensor, weight: Tensor, tau: float) -> tuple[Tenso
 
 
 def supcon_bwd(grad: Tensor, x: Tensor, labels: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    _, _, tau = rest
+    _, _, tau, _ = rest
     return torch.func.vjp(lambda x: supcon(x, labels, weight, tau)[0], x)[1](grad)[0].contiguous()
 
 

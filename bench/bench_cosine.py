@@ -1,0 +1,63 @@
+"""cosine_contrastive, forward and backward, at few and wide rows: the split-K plan."""
+
+import pytest
+import torch
+
+from imbdiff import ops
+
+from .floors import device
+from .harness import Case, backward, forward, ours
+
+TAU = 0.1
+
+
+def eager(x):
+    z = torch.nn.functional.normalize(x.float())
+    return ((z @ z.T - 1) / TAU).logsumexp(1).mean()
+
+
+class Expert(torch.autograd.Function):
+    """What someone writes by hand: unit rows, their Gram matrix, and the analytic gradient by one product, in the forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).reciprocal_()
+        z = x * inverse.to(x.dtype)
+        logits = (z @ z.T).float().sub_(1).div_(TAU)
+        lse = logits.logsumexp(1, keepdim=True)
+        p = logits.sub_(lse).exp_()
+        grad = (p + p.T).to(z.dtype) @ z
+        grad = torch.addcmul(grad, (grad * z).sum(1, keepdim=True), z, value=-1)
+        ctx.save_for_backward(grad.mul_((inverse / (TAU * len(x))).to(z.dtype)))
+        return lse.mean()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0]
+
+
+def case(N, D, dtype):
+    x = torch.randn(N, D, dtype=getattr(torch, dtype), device=device(), requires_grad=True)
+    rivals = ours(lambda x: ops.cosine_contrastive_loss(x, tau=TAU)) | {
+        "eager": eager,
+        "compile": torch.compile(eager),
+        "expert": Expert.apply,
+    }
+    row = N * D * x.element_size()
+    return Case(
+        op="cosine_contrastive",
+        shape=f"{N}x{D}",
+        dtype=dtype,
+        modes={
+            "forward": {name: forward(f, x) for name, f in rivals.items()},
+            "forward+backward": {name: backward(f, [x], x) for name, f in rivals.items()},
+        },
+        bytes_moved={"forward": row, "forward+backward": 3 * row},
+        flops={"forward": 2 * N * N * D, "forward+backward": 4 * N * N * D},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("N", "D"), [(128, 16_384)], ids=["split-k"])
+def test_cosine_contrastive(compare, N, D, dtype):
+    compare(case, N, D, dtype)
