@@ -19,6 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 SOURCES = {
     "two_branch": "bench_two_branch.py",
     "negative_distance": "bench_contrast.py",
+    "cosine_contrastive": "bench_cosine.py",
     "product_of_gaussians": "bench_product.py",
     "gaussian_divergence": "bench_gaussian.py",
     "gaussian_overlap": "bench_gaussian.py",

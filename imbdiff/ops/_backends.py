@@ -46,7 +46,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "cpu": Capability("cpu", (*_LOW, torch.float64)),
         }
         for op in (
-            "distance_hinge",
             "cosine_contrastive",
             "supcon",
             "gaussian_divergence",
@@ -59,6 +58,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     **{
         op: {"reference": Capability("any", (*_LOW, torch.float64))}
         for op in (
+            "distance_hinge",
             "posterior_mean",
             "posterior_draw",
         )

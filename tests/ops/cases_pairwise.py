@@ -76,9 +76,7 @@ def _hinge(N: int, D: int, layout: str, margin: float, split_k: bool) -> Make:
     return lambda dtype: (_rows(N, D, layout, dtype, 1.0), margin, 1 / D, split_k)
 
 
-def _cosine(
-    N: int, D: int, M: int, include_self: bool, weighted: bool, layout: str, tau: float, split_k: bool
-) -> Make:
+def _cosine(N: int, D: int, M: int, include_self: bool, weighted: bool, layout: str, tau: float, split_k: bool) -> Make:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         weight = torch.rand(N if weighted else 0, dtype=accumulator(dtype))
         rows = _rows(N, D, layout, dtype, 0.5), _rows(M, D, layout, dtype, 0.5)
