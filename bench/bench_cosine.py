@@ -17,7 +17,7 @@ def eager(x):
 
 
 class Expert(torch.autograd.Function):
-    """What someone writes by hand: unit rows, their Gram matrix, the analytic gradient by one product, in the forward."""
+    """What someone writes by hand: unit rows, their Gram matrix, the analytic gradient by one product."""
 
     @staticmethod
     def forward(ctx, x):
