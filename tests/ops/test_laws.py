@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -240,10 +239,13 @@ def test_posteriors(backend, seed, b, n, d, dtype, offset, level):
 def test_neighbours(backend, seed, n, m, d, dtype, layout, offset, ties):
     """k-NN is sorting, counting is comparing, both to the last digit; a set split in two is the whole."""
     draw = Draw(seed)
-    make: Callable[[int], Any] = lambda k: draw.rows(k, d, offset=offset)  # noqa: E731
-    if ties:
+
+    def make(k):
+        if not ties:
+            return draw.rows(k, d, offset=offset)
         # On a grid of eighths every distance is exact, and many are equal.
-        make = lambda k: torch.randint(0, 4, (k, d), generator=draw.generator).double() / 8 + offset  # noqa: E731
+        return torch.randint(0, 4, (k, d), generator=draw.generator).double() / 8 + offset
+
     centers, points = (laid_out(make(k), layout, dtype) for k in (n, m))
     acc, k = (F64 if dtype == F64 else torch.float32), 1 + seed % (n - 1)
     a, b = points.double().flatten(1), centers.double().flatten(1)
