@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -117,17 +118,17 @@ struct Gradients {
   std::vector<bool> needs;
 
   Gradients(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
-            const std::vector<bool>& wanted)
-      : Gradients({mean_p, logvar_p, mean_q, logvar_q}, wanted, mean_p.numel() && mean_q.numel()) {}
-  Gradients(const std::vector<Tensor>& x, const std::vector<bool>& wanted, bool some)  // none to compute: zeros
-      : tensors{make(x[0], wanted[0], some), make(x[1], wanted[1], some), make(x[2], wanted[2], some),
-                make(x[3], wanted[3], some)},
+            const std::vector<bool>& wanted, std::optional<ScalarType> type = std::nullopt)
+      : Gradients({mean_p, logvar_p, mean_q, logvar_q}, wanted, type, mean_p.numel() && mean_q.numel()) {}
+  Gradients(const std::vector<Tensor>& x, const std::vector<bool>& wanted, std::optional<ScalarType> type, bool some)
+      : tensors{make(x[0], wanted[0], type, some), make(x[1], wanted[1], type, some), make(x[2], wanted[2], type, some),
+                make(x[3], wanted[3], type, some)},
         needs(wanted) {}
-  static Tensor make(const Tensor& x, bool need, bool some) {
-    if (!need) return torch::stable::new_empty(x, {0});
+  static Tensor make(const Tensor& x, bool need, std::optional<ScalarType> type, bool some) {
+    if (!need) return torch::stable::new_empty(x, {0}, type);
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
-    return some ? torch::stable::new_empty(x, sizes) : torch::stable::new_zeros(x, sizes);
+    return some ? torch::stable::new_empty(x, sizes, type) : torch::stable::new_zeros(x, sizes, type);  // zeros: none to compute
   }
   Outputs at(int64_t b) {
     void* to[4];
@@ -167,18 +168,20 @@ Choice choice_of(const Tensor& labels_p, const Tensor& labels_q, const Tensor& m
   return c;
 }
 
-std::tuple<Tensor, Tensor> gaussian_overlap(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_overlap(
     const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q, const Tensor& labels_p,
     const Tensor& labels_q, const Tensor& mask, const Tensor& weight, int64_t kind, int64_t form, double margin, double scale,
-    int64_t pairs, bool mean, bool same_set) {
+    int64_t pairs, bool mean, bool same_set, const std::vector<bool>& needs) {
   const char* const op = "gaussian_overlap";
+  Gradients slopes(mean_p, logvar_p, mean_q, logvar_q, needs, weight.scalar_type());
   Tensor loss = torch::stable::new_empty(weight, {}), normalizer = torch::stable::new_empty(weight, {});
   double sum = 0;
   int64_t number = 0;
   if (mean_p.size(0) && mean_q.size(0)) by_dtype(op, mean_p, [&](auto element) {
     const auto run = IMBDIFF_BY_ISA(overlap<decltype(element)>);
     run({set_of(op, mean_p, logvar_p, 0), set_of(op, mean_q, logvar_q, 0), kind},
-        choice_of(labels_p, labels_q, mask, weight, form, margin, scale, pairs, same_set), &sum, &number);
+        choice_of(labels_p, labels_q, mask, weight, form, margin, scale, pairs, same_set), &sum, &number,
+        slopes.at(0));
   });
   const double over = mean ? static_cast<double>(std::max<int64_t>(number, 1)) : 1;
   const auto set = [&](auto acc) {
@@ -187,27 +190,7 @@ std::tuple<Tensor, Tensor> gaussian_overlap(
     *static_cast<A*>(normalizer.mutable_data_ptr()) = static_cast<A>(over);
   };
   weight.scalar_type() == ScalarType::Double ? set(double{}) : set(float{});
-  return {loss, normalizer};
-}
-
-Four gaussian_overlap_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q,
-                          const Tensor& logvar_q, const Tensor& labels_p, const Tensor& labels_q, const Tensor& mask,
-                          const Tensor& weight, const Tensor& normalizer, int64_t kind, int64_t form, double margin,
-                          double scale, int64_t pairs, bool same_set, const std::vector<bool>& needs) {
-  const char* const op = "gaussian_overlap";
-  Gradients gradients(mean_p, logvar_p, mean_q, logvar_q, needs);
-  if (mean_p.size(0) == 0 || mean_q.size(0) == 0) return gradients.all();
-  const auto number = [&](const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? *static_cast<const double*>(x.const_data_ptr())
-                                                 : static_cast<double>(*static_cast<const float*>(x.const_data_ptr()));
-  };
-  by_dtype(op, mean_p, [&](auto element) {
-    const auto run = IMBDIFF_BY_ISA(overlap_bwd<decltype(element)>);
-    run({set_of(op, mean_p, logvar_p, 0), set_of(op, mean_q, logvar_q, 0), kind},
-        choice_of(labels_p, labels_q, mask, weight, form, margin, scale, pairs, same_set), number(grad) / number(normalizer),
-        gradients.at(0));
-  });
-  return gradients.all();
+  return {loss, normalizer, slopes.tensors[0], slopes.tensors[1], slopes.tensors[2], slopes.tensors[3]};
 }
 }  // namespace imbdiff::gaussian
 
@@ -215,5 +198,4 @@ STABLE_TORCH_LIBRARY_IMPL(imbdiff, CPU, m) {
   m.impl("gaussian_divergence_cpu", TORCH_BOX(&imbdiff::gaussian::gaussian_divergence));
   m.impl("gaussian_divergence_bwd_cpu", TORCH_BOX(&imbdiff::gaussian::gaussian_divergence_bwd));
   m.impl("gaussian_overlap_cpu", TORCH_BOX(&imbdiff::gaussian::gaussian_overlap));
-  m.impl("gaussian_overlap_bwd_cpu", TORCH_BOX(&imbdiff::gaussian::gaussian_overlap_bwd));
 }

@@ -44,14 +44,14 @@ class Op:
     keeps_all: bool = False
     """Whether the outputs that `call` returns are kept too."""
     reference_bwd: Callable[..., Any] | None = None
-    """Plain torch, usually `torch.func.vjp` of the reference; None: the operation has no derivative."""
+    """Plain torch, usually `torch.func.vjp` of the reference; None: `backward`, if any, needs what is kept only."""
     fake_bwd: Callable[..., Any] | None = None
     backward: Callable[..., Sequence[Tensor | None]] | None = None
     """(bwd, needs, grads, inputs, saved) -> gradients of the differentiable tensors of `inputs`, in their order.
 
-    `bwd` is the backward operation of the same back end, `needs` says of each tensor (lists spread out) whether its
-    gradient is wanted, `grads` are the outputs' gradients, None where an output was not used, `saved` the outputs that
-    are kept.
+    `bwd` is the backward operation of the same back end, if there is one, `needs` says of each tensor (lists spread
+    out) whether its gradient is wanted, `grads` are the outputs' gradients, None where an output was not used, `saved`
+    the outputs that are kept.
     """
 
 
@@ -99,8 +99,7 @@ def call(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
     """The operation's leading outputs on this back end, with their derivative."""
     op = REGISTRY[name]
     if op.backward is None or not torch.is_grad_enabled():
-        out = _CALLS[f"{name}_{backend}"](*args)
-        return out[: op.outputs] if isinstance(out, tuple) else (out,)
+        return forward(name, backend, args)[: op.outputs]
     # autograd sees the tensors that are arguments, not those in lists: the lists are spread out.
     flat, lengths = list(args), [len(args[i]) for i in _LISTS[name]]
     for i in reversed(_LISTS[name]):
@@ -111,6 +110,32 @@ def call(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
         flat = [x.view_as(x) if again and isinstance(x, Tensor) else x for x, again in zip(flat, seen, strict=True)]
     out = _Derivative.apply(name, backend, lengths, *flat)
     return out if isinstance(out, tuple) else (out,)
+
+
+def forward(name: str, backend: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """All outputs."""
+    out = _CALLS[f"{name}_{backend}"](*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def derive(
+    name: str,
+    backend: str,
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    args: Sequence[Any],
+    kept: Sequence[Tensor],
+) -> Sequence[Tensor | None]:
+    """The operation's `backward`, whose results refuse to be differentiated again."""
+    derivative = REGISTRY[name].backward
+    assert derivative is not None
+    with torch.no_grad():
+        got = derivative(_CALLS.get(f"{name}_bwd_{backend}"), needs, grads, args, kept)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        spread = [x for a in args for x in (a if isinstance(a, list) else [a])]
+        inputs = [x for x in (*grads, *spread, *kept) if isinstance(x, Tensor)]
+        got = [g if g is None else NoSecondDerivative.apply(name, g, *inputs) for g in got]
+    return got
 
 
 def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -124,8 +149,7 @@ class _Derivative(torch.autograd.Function):
         args = list(flat)
         for i, n in zip(_LISTS[name], lengths, strict=True):
             args[i : i + n] = [args[i : i + n]]
-        out = _CALLS[f"{name}_{backend}"](*args)
-        out = out if isinstance(out, tuple) else (out,)
+        out = forward(name, backend, args)
         n = REGISTRY[name].outputs
         kept = out if REGISTRY[name].keeps_all else out[n:]
         ctx.set_materialize_grads(False)
@@ -142,12 +166,7 @@ class _Derivative(torch.autograd.Function):
         for i, n in zip(_LISTS[ctx.name], ctx.lengths, strict=True):
             args[i : i + n] = [args[i : i + n]]
         needs = ctx.needs_input_grad[3:]
-        derivative = REGISTRY[ctx.name].backward
-        with torch.no_grad():
-            bwd = _CALLS[f"{ctx.name}_bwd_{ctx.backend}"]
-            got = derivative(bwd, needs, grads, args, tensors[: ctx.kept])  # type: ignore[misc]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            got = [g if g is None else NoSecondDerivative.apply(ctx.name, g, *grads, *tensors) for g in got]
+        got = derive(ctx.name, ctx.backend, needs, grads, args, tensors[: ctx.kept])
         return (None, None, None, *got, *[None] * (len(needs) - len(got)))
 
 

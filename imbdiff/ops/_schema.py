@@ -45,12 +45,7 @@ SCHEMAS = {
     "gaussian_overlap": (
         "(Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, Tensor labels_p, Tensor labels_q,"
         " Tensor mask, Tensor weight, int kind, int form, float margin, float scale, int pairs, bool mean,"
-        " bool same_set) -> (Tensor, Tensor)"
-    ),
-    "gaussian_overlap_bwd": (
-        "(Tensor grad, Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, Tensor labels_p,"
-        " Tensor labels_q, Tensor mask, Tensor weight, Tensor normalizer, int kind, int form, float margin,"
-        " float scale, int pairs, bool same_set, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+        " bool same_set, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "product_of_gaussians": "(Tensor[] means, Tensor[] logvars, Tensor exponents) -> (Tensor, Tensor, Tensor)",
     "product_of_gaussians_bwd": (

@@ -104,7 +104,8 @@ def gaussian_overlap_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
 
-    Deterministic. Pairs near the margin keep their digits as in `gaussian_divergence`. Time N M D, memory O((N + M) D).
+    Deterministic. Pairs near the margin keep their digits as in `gaussian_divergence`. Time N M D, memory O((N + M) D):
+    where a gradient is wanted the forward makes it too, and keeps it for the backward.
     Equivalent torch code: the formula over `gaussian_divergence`; `imbdiff/ops/reference/gaussian.py`.
     Source: DiffROP (arXiv 2402.10821, 2024) for the hinge; its port in CCUA (arXiv 2507.09052) for the reciprocal.
     """
@@ -138,6 +139,7 @@ def gaussian_overlap_loss(
         selection,
         _check.choice(op, "reduction", reduction, ("sum", "mean")) == 1,
         same_set,
+        [torch.is_grad_enabled() and x.requires_grad for x in (*p, *q)],
     )
     return out[0]
 
@@ -195,9 +197,10 @@ def _fake_divergence(backend: str, mean_p: Tensor, logvar_p: Tensor, mean_q: Ten
     return mean_p.new_empty(*mean_p.shape[:2], mean_q.shape[1], dtype=_check.accumulator(mean_p.dtype))
 
 
-def _fake_overlap(backend: str, mean_p: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    acc = _check.accumulator(mean_p.dtype)
-    return mean_p.new_empty((), dtype=acc), mean_p.new_empty((), dtype=acc)
+def _fake_overlap(backend: str, *args: Any) -> tuple[Tensor, ...]:
+    acc = _check.accumulator(args[0].dtype)
+    shapes = [x.shape if need else (0,) for x, need in zip(args[:4], args[-1], strict=True)]
+    return tuple(args[0].new_empty(shape, dtype=acc) for shape in [(), (), *shapes])
 
 
 def _fake_bwd(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -219,15 +222,19 @@ def _backward(
 
 
 def _overlap_backward(
-    bwd: Callable[..., Any],
+    bwd: None,
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
     inputs: Sequence[Any],
     saved: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    # The normalizer carries what `mean` said.
-    (*tensors, kind, form, margin, scale, pairs, _, same_set) = inputs
-    return _backward(bwd, needs, grads, (*tensors, *saved, kind, form, margin, scale, pairs, same_set), ())
+    """The forward made the slopes, since one pass over the pairs serves both: here they are scaled."""
+    (grad,), (normalizer, *slopes) = grads, saved
+    if grad is None:
+        return [None] * 4
+    factor = grad / normalizer
+    four = zip(inputs[:4], slopes, needs[:4], strict=True)
+    return [(factor * slope).to(x.dtype) if need else None for x, slope, need in four]
 
 
 register(
@@ -247,8 +254,6 @@ register(
         "gaussian",
         reference.gaussian_overlap,
         _fake_overlap,
-        reference_bwd=reference.gaussian_overlap_bwd,
-        fake_bwd=_fake_bwd,
         backward=_overlap_backward,
     )
 )

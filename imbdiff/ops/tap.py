@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops import _backends, _check, contrast, cosine
-from imbdiff.ops._op import REGISTRY, NoSecondDerivative, overload
+from imbdiff.ops._op import derive, forward
 
 
 def _dispersive(x: Tensor, flatten: contrast.Flatten, tau: float, include_self: bool = True) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ def _memory_order(h: Tensor) -> list[int]:
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, order: list[int], name: str, backend: str, *rest: Any) -> tuple[Tensor, Tensor]:
-        loss, *kept = overload(f"{name}_{backend}")(_check.rows(h.permute(order)), *rest)
+        loss, *kept = forward(name, backend, (_check.rows(h.permute(order)), *rest))
         tensors = [x for x in rest if isinstance(x, Tensor)]
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.constants, ctx.order = (name, backend), rest[len(tensors) :], order
@@ -92,16 +92,11 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_loss: Tensor | None) -> Any:
         h, *saved = ctx.saved_tensors
-        inputs = (_check.rows(h.permute(ctx.order)), *saved[: ctx.tensors], *ctx.constants)
-        (name, backend), kept = ctx.settings, saved[ctx.tensors :]
-        bwd = overload(f"{name}_bwd_{backend}")
-        derivative = REGISTRY[name].backward
-        with torch.no_grad():
-            (own,) = derivative(bwd, ctx.needs_input_grad, (grad_loss,), inputs, kept)  # type: ignore[misc]
+        args = (_check.rows(h.permute(ctx.order)), *saved[: ctx.tensors], *ctx.constants)
+        name, backend = ctx.settings
+        (own,) = derive(name, backend, ctx.needs_input_grad, (grad_loss,), args, saved[ctx.tensors :])
         grad = grad_h
         if own is not None:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                own = NoSecondDerivative.apply(name, own, grad_loss, h)
             ordered = h.permute(ctx.order)
             inverse = [ctx.order.index(d) for d in range(h.ndim)]
             own = own.view(ordered.shape).permute(inverse)

@@ -55,15 +55,16 @@ def _overlap(N: int, M: int | None, D: int, form: int, pairs: int, masked: bool,
         mask = torch.rand(N, m) < 0.4 if masked else torch.empty(0, 0, dtype=torch.bool)
         weight = torch.rand(N if weighted else 0, dtype=accumulator(dtype))
         settings = (0, form, 3.0 * D, 1.0 if form == 0 else 1 / D, pairs, mean, M is None)
-        return *p, *q, *(labels if pairs else empty), mask, weight, *settings
+        return *p, *q, *(labels if pairs else empty), mask, weight, *settings, [True] * 4
 
     return make
 
 
 def _overlap_leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
     """p's own tensors stand in for q's where the two sets are one."""
-    fresh, leaves = first(2 if args[-1] else 4)(args)
-    return ((*fresh[:2], *fresh[:2], *fresh[4:]) if args[-1] else fresh), leaves
+    same_set = args[-2]
+    fresh, leaves = first(2 if same_set else 4)(args)
+    return ((*fresh[:2], *fresh[:2], *fresh[4:]) if same_set else fresh), leaves
 
 
 def _rows(N: int, D: int, layout: str, dtype: torch.dtype, offset: float = 0.0) -> Tensor:

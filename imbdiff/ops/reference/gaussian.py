@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,14 +90,19 @@ class _Gradients:
         self.arguments = arguments
         self.sums = [torch.zeros_like(x, dtype=accumulator(x.dtype), memory_format=_DENSE) for x in arguments]
 
-    def add(self, parts: Sequence[tuple[slice, ...]], of: Callable[..., Tensor], grad: Tensor) -> None:
+    def add(self, parts: Sequence[tuple[slice, ...]], of: Callable[..., Tensor], grad: Tensor) -> Tensor:
+        """The tile's value."""
         rows = [x[part].to(total.dtype) for x, total, part in zip(self.arguments, self.sums, parts, strict=True)]
-        for total, part, g in zip(self.sums, parts, torch.func.vjp(of, *rows)[1](grad), strict=True):
+        found = torch.func.vjp(of, *rows)
+        for total, part, g in zip(self.sums, parts, found[1](grad), strict=True):
             total[part] += g
+        return found[0]
+
+    def needed(self, needs: Sequence[bool]) -> list[Tensor]:
+        return [total if need else total.new_empty(0) for total, need in zip(self.sums, needs, strict=True)]
 
     def rounded(self, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-        pairs = zip(self.arguments, self.sums, needs, strict=True)
-        return tuple(total.to(x.dtype) if need else x.new_empty(0) for x, total, need in pairs)
+        return tuple(total.to(x.dtype) for x, total in zip(self.arguments, self.needed(needs), strict=True))
 
 
 _DENSE = torch.contiguous_format
@@ -152,54 +156,24 @@ def gaussian_overlap(
     pairs: int,
     mean: bool,
     same_set: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss [], normalizer []): the number of selected pairs, at least 1; 1 for a sum.
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """(loss [], normalizer [], four slopes); the normalizer is the number of selected pairs, at least 1; 1 for a sum.
 
-    An empty weight is all ones, an empty mask all true; labels are read unless pairs is "all".
+    The slopes are the derivatives of loss * normalizer in the accumulator's type. An empty weight is all ones, an empty
+    mask all true; labels are read unless pairs is "all".
     """
     (N, D), M = mean_p.shape, mean_q.shape[0]
     weight = weight if weight.numel() else mean_p.new_ones(N, dtype=accumulator(mean_p.dtype))
     total, count = weight.new_zeros(()), torch.zeros((), dtype=torch.int64, device=mean_p.device)
+    slopes = _Gradients((mean_p, logvar_p, mean_q, logvar_q))
     for i, j in _tiles(N, M, D):
         chosen = _selected(i, j, N, M, labels_p, labels_q, mask, pairs, same_set)
-        rows = (mean_p[i], logvar_p[i], mean_q[j], logvar_q[j], weight[i])
-        total = total + _pushed(*rows, chosen, kind, form, margin, scale)
+        pushed = partial(_pushed, weight=weight[i], chosen=chosen, kind=kind, form=form, margin=margin, scale=scale)
+        if any(needs):
+            total = total + slopes.add([(i,), (i,), (j,), (j,)], pushed, weight.new_ones(()))
+        else:
+            total = total + pushed(mean_p[i], logvar_p[i], mean_q[j], logvar_q[j])
         count = count + chosen.sum()
     normalizer = count.clamp_min(1).to(weight.dtype) if mean else weight.new_ones(())
-    return total / normalizer, normalizer
-
-
-def gaussian_overlap_bwd(
-    grad: Tensor,
-    mean_p: Tensor,
-    logvar_p: Tensor,
-    mean_q: Tensor,
-    logvar_q: Tensor,
-    labels_p: Tensor,
-    labels_q: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    normalizer: Tensor,
-    kind: int,
-    form: int,
-    margin: float,
-    scale: float,
-    pairs: int,
-    same_set: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    (N, D), M = mean_p.shape, mean_q.shape[0]
-    weight = weight if weight.numel() else mean_p.new_ones(N, dtype=accumulator(mean_p.dtype))
-    sums = _Gradients((mean_p, logvar_p, mean_q, logvar_q))
-    for i, j in _tiles(N, M, D):
-        chosen = _selected(i, j, N, M, labels_p, labels_q, mask, pairs, same_set)
-        rest: dict[str, Any] = {
-            "weight": weight[i],
-            "chosen": chosen,
-            "kind": kind,
-            "form": form,
-            "margin": margin,
-            "scale": scale,
-        }
-        sums.add([(i,), (i,), (j,), (j,)], partial(_pushed, **rest), grad / normalizer)
-    return sums.rounded(needs)
+    return total / normalizer, normalizer, *slopes.needed(needs)
