@@ -1,4 +1,7 @@
-"""Negatives-only contrast of squared distances, streaming plan: score and state for the pairwise engine."""
+"""Losses on the distances between rows, streaming plan: score and state for the pairwise engine.
+
+`split_k` is not looked at: few and wide rows are the other back end's.
+"""
 
 # mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
@@ -9,7 +12,14 @@ import torch
 import triton
 import triton.language as tl
 from imbdiff.kernels import engine
+from imbdiff.kernels.cosine import cosine_contrastive, cosine_contrastive_bwd, supcon, supcon_bwd
+from imbdiff.kernels.lse import both_softmaxes, lse_finish, lse_start, lse_update, normalised, partners
 from torch import Tensor
+
+__all__ = [
+    "cosine_contrastive", "cosine_contrastive_bwd", "distance_hinge", "distance_hinge_bwd", "negative_distance",
+    "negative_distance_bwd", "supcon", "supcon_bwd",
+]  # fmt: skip
 
 
 @triton.jit
@@ -20,55 +30,17 @@ def negative_energy(product, left, right, same, scale):
     return -tl.where(same | (energy < 0), 0.0, energy)
 
 
-@triton.jit
-def lse_start(ROWS: tl.constexpr):
-    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-
-
-@triton.jit
-def lse_update(state, score):
-    top, total = state
-    best = tl.maximum(top, tl.max(score, axis=1))
-    base = tl.where(best == float("-inf"), 0.0, best)  # nothing seen yet: keep inf - inf out
-    return best, total * tl.exp(top - base) + tl.sum(tl.exp(score - base[:, None]), axis=1)
-
-
-@triton.jit
-def lse_finish(state, row, exists, outputs):
-    top, total = state
-    tl.store(outputs[0] + row, top + tl.log(tl.where(total == 0, 1.0, total)), mask=exists)
-
-
-@triton.jit
-def softmax(score, lse):
-    """A partner's score is at most lse but for rounding; one that is not counted, the row itself, may be far above."""
-    gap = score - lse
-    return tl.exp(tl.where(gap > 0, 0.0, gap))
-
-
-@triton.jit
-def both_softmaxes(score, left, right):
-    """gain_i exp(s_ij - lse_i) + gain_j exp(s_ij - lse_j); vectors are (norm, lse, gain), the bank's gain is 0."""
-    forth = left[2][:, None] * softmax(score, left[1][:, None])
-    return forth + right[2][None, :] * softmax(score, right[1][None, :])
-
-
-def partners(x: Tensor, negatives: Tensor, include_self: bool) -> int:
-    return len(negatives) + len(x) - (not include_self) if len(x) > 0 else 0
-
-
 def negative_distance(
     x: Tensor, negatives: Tensor, weight: Tensor, scale: float, include_self: bool, per_row: bool, split_k: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Streams whatever `split_k` says: few and wide rows are the other back end's."""
     N, c = len(x), partners(x, negatives, include_self)
     lse, saved = x.new_zeros(N, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     if c == 0:
         return lse.sum(), lse, saved
     with torch.cuda.device_of(x):
-        centre, norm = engine.prepare(x, negatives)
+        frame, norm = engine.centred(x, negatives)
         engine.forward(
-            x, negatives, centre, (norm,), (lse,), scale,
+            x, negatives, frame, (norm,), (lse,), scale,
             SCORE=negative_energy, START=lse_start, UPDATE=lse_update, FINISH=lse_finish, SELF=include_self,
         )  # fmt: skip
     if not per_row:
@@ -86,13 +58,64 @@ def negative_distance_bwd(
     if partners(x, negatives, include_self) == 0 or x.numel() == 0:
         return x.new_zeros(x.shape)
     gain = (weight if len(weight) else torch.ones_like(lse)) / N if per_row else lse.softmax(0)
-    # The largest gain becomes 1: weights near 1 / N^2 would vanish in float16.
-    peak = gain.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    gain, peak = normalised(gain)
     none = lse.new_zeros(M)
     with torch.cuda.device_of(x):
-        centre, norm = engine.prepare(x, negatives)
-        vectors = (norm, torch.cat([lse, none]), torch.cat([gain / peak, none]))
+        frame, norm = engine.centred(x, negatives)
+        vectors = (norm, torch.cat([lse, none]), torch.cat([gain, none]))
         factor = -2.0 * scale * peak * grad
         return engine.backward(
-            x, negatives, centre, vectors, factor, scale, SCORE=negative_energy, WEIGHT=both_softmaxes
+            x, negatives, frame, vectors, factor, scale, SCORE=negative_energy, WEIGHT=both_softmaxes
         )
+
+
+@triton.jit
+def shortfall(product, left, right, same, scale):
+    """1 - E / margin, where scale holds 1 / margin; pairs farther apart than the margin are below 0."""
+    return 1.0 + negative_energy(product, left, right, same, scale)
+
+
+@triton.jit
+def hinge_start(ROWS: tl.constexpr):
+    return (tl.zeros([ROWS], tl.float32),)
+
+
+@triton.jit
+def positive_part(score, left, right):
+    return tl.where(score < 0, 0.0, score)  # NaN passes
+
+
+@triton.jit
+def hinge_update(state, score, left, right):
+    short = positive_part(score, left, right)
+    return (state[0] + tl.sum(short * short, axis=1),)
+
+
+@triton.jit
+def hinge_finish(state, row, exists, outputs):
+    tl.store(outputs[0] + row, state[0], mask=exists)
+
+
+def distance_hinge(x: Tensor, margin: float, scale: float, split_k: bool = False) -> tuple[Tensor, Tensor]:
+    N, saved = len(x), x.new_empty(0, dtype=torch.float32)
+    of_rows = x.new_zeros(N, dtype=torch.float32)
+    if N > 1:
+        with torch.cuda.device_of(x):
+            frame, norm = engine.centred(x, x[:0])
+            engine.forward(
+                x, x[:0], frame, (norm,), (of_rows,), scale / margin,
+                SCORE=shortfall, START=hinge_start, UPDATE=hinge_update, FINISH=hinge_finish, SELF=False,
+            )  # fmt: skip
+    return margin**2 / max(N * (N - 1), 1) * of_rows.sum(), saved
+
+
+def distance_hinge_bwd(
+    grad: Tensor, x: Tensor, saved: Tensor, margin: float, scale: float, split_k: bool = False
+) -> Tensor:
+    N = len(x)
+    if N < 2 or x.numel() == 0:
+        return x.new_zeros(x.shape)
+    with torch.cuda.device_of(x):
+        frame, norm = engine.centred(x, x[:0])
+        factor = -8.0 * scale * margin / (N * (N - 1)) * grad
+        return engine.backward(x, x[:0], frame, (norm,), factor, scale / margin, SCORE=shortfall, WEIGHT=positive_part)

@@ -64,6 +64,9 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         )
     },
 }
+CAPABILITIES["distance_hinge"]["triton"] = Capability("cuda", _LOW)
+CAPABILITIES["cosine_contrastive"]["triton"] = Capability("cuda", _LOW)
+CAPABILITIES["supcon"]["triton"] = Capability("cuda", _LOW)
 
 PREFERRED = ("cpu", "reference")
 """What `auto` tries in turn; a back end enters when a committed measurement says that it is the faster one."""

@@ -95,7 +95,7 @@ def test_runs_on_the_current_stream(op: str, backend: str, device: str) -> None:
     pairs: list[tuple[Tensor, Tensor]] = []
 
     def not_yet(x: Tensor) -> Tensor:
-        pairs.append((torch.full_like(x, torch.nan), x))
+        pairs.append((torch.full_like(x, torch.nan if x.is_floating_point() else -1), x))
         return pairs[-1][0]
 
     late = mapped(args, not_yet)
@@ -117,9 +117,24 @@ def negative_distance(x: Tensor, negatives: Tensor, _: Tensor) -> Tensor:
     return ops.negative_distance_loss(x, tau=1.0, per_dim=True, negatives=negatives)
 
 
+def distance_hinge(x: Tensor, *_: Tensor) -> Tensor:
+    return ops.distance_hinge_loss(x, margin=2.5, per_dim=True)
+
+
+def cosine_contrastive(x: Tensor, negatives: Tensor, _: Tensor) -> Tensor:
+    return ops.cosine_contrastive_loss(x, negatives=negatives, include_self=False)
+
+
+def supcon(x: Tensor, *_: Tensor) -> Tensor:
+    return ops.supcon_loss(x, torch.arange(len(x), device=x.device) // 2)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "two_branch": two_branch,
     "negative_distance": negative_distance,
+    "distance_hinge": distance_hinge,
+    "cosine_contrastive": cosine_contrastive,
+    "supcon": supcon,
 }
 
 
@@ -183,8 +198,8 @@ def test_more_than_2_31_elements(op: str, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend", "device"), ON_GPU)
 def test_memory_peak(op: str, backend: str, device: str) -> None:
-    """two_branch: the gradient and the sums of a row's parts. negative_distance, streaming: nothing of size N x N."""
-    N, D = (8192, 64) if op == "negative_distance" else (256, 16_384)
+    """two_branch: the gradient and the sums of a row's parts. Losses of all pairs, streaming: nothing of size N x N."""
+    N, D = (256, 16_384) if op == "two_branch" else (8192, 64)
     args = [torch.randn(N, D, device=device) for _ in range(3)]
     with ops.use(backend):
         value_and_gradient(LOSSES[op], args)  # compiles, and creates what stays
@@ -193,4 +208,4 @@ def test_memory_peak(op: str, backend: str, device: str) -> None:
         before = torch.cuda.memory_allocated()
         value_and_gradient(LOSSES[op], args)
         extra = torch.cuda.max_memory_allocated() - before
-    assert extra < (N * N if op == "negative_distance" else N * D * 4 + 2**20)
+    assert extra < (N * D * 4 + 2**20 if op == "two_branch" else N * N)

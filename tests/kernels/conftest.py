@@ -59,11 +59,12 @@ if INTERPRETED and importlib.util.find_spec("triton"):
 
 @pytest.fixture
 def guard() -> Callable[..., Tensor]:
-    """The same values inside a buffer of NaN, `gap` NaN between rows."""
+    """The same values inside a buffer of NaN (of -1, for integers), `gap` NaN between rows."""
 
     def place(x: Tensor, gap: int = 0) -> Tensor:
         n, width = (x.shape[0], x.shape[1] + gap) if x.ndim == 2 else (1, x.numel())
-        buffer = torch.full((2 * BAND + n * width,), torch.nan, dtype=x.dtype)
+        nothing = torch.nan if x.is_floating_point() else -1
+        buffer = torch.full((2 * BAND + n * width,), nothing, dtype=x.dtype)
         strides = (width, 1) if x.ndim == 2 else x.stride()
         return buffer.as_strided(x.shape, strides, BAND).copy_(x)
 

@@ -1,4 +1,4 @@
-"""The streaming plan of negative_distance in Triton, interpreted, against float64 code written from the contract."""
+"""The streaming plans of negative_distance and distance_hinge in Triton, interpreted, against float64 code."""
 
 from __future__ import annotations
 
@@ -153,6 +153,66 @@ def test_nothing_to_compare(per_row):
     loss, lse, _ = contrast.negative_distance(torch.empty(3, 0), torch.empty(2, 0), NONE, 1.0, False, per_row)
     assert loss.abs() < 1e-6
     assert (lse - math.log(4)).abs().max() < 1e-6
+
+
+def hinge(x: Tensor, margin: float, scale: float, grad: float) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    short = (margin - scale * (x[:, None] - x[None]).square().sum(-1)).clamp(min=0)
+    loss = short[~torch.eye(len(x), dtype=torch.bool)].square().mean()
+    return loss.detach(), torch.autograd.grad(loss, x, torch.tensor(grad, dtype=x.dtype))[0]
+
+
+def compare_hinge(close, x, margin, scale, grad=0.7):
+    loss, saved = contrast.distance_hinge(x, margin, scale)
+    got = contrast.distance_hinge_bwd(torch.tensor(grad), x, saved, margin, scale)
+    assert (got.dtype, loss.dtype, saved.shape) == (x.dtype, torch.float32, (0,))
+    exact = hinge(x.double(), margin, scale, grad)
+    centred = x.double() - x.double().mean(0)
+    rounded = centred.to(torch.float16 if x.dtype == torch.float16 else torch.float32)
+    plain = hinge(rounded.float(), margin, scale, grad)
+    # What norms and products leave of a distance, in units of the margin.
+    slack = torch.finfo(torch.float32).eps * 8 * scale * centred.square().sum(1).max().item()
+    close(loss, exact[0], plain[0], slack=slack * margin)
+    largest = 8 * scale / len(x) * centred.norm(dim=1).max().item() * grad
+    close(got, exact[1], plain[1].to(x.dtype), factor=3, slack=slack * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_distance_hinge(dtype, guard, bands, close):
+    for N, D in [(2, 5), (17, 64), (66, 20), (5, 300), (33, 1)][:: 1 if dtype == torch.float32 else 2]:
+        x = guard((torch.randn(N, D, generator=torch.Generator().manual_seed(N)) + 1).to(dtype), 3)
+        for margin in (1.8, 9.0):  # some pairs, all pairs
+            compare_hinge(close, x, margin, 1 / D)
+
+
+def test_margins_of_any_size_in_float16(close):
+    g = torch.Generator().manual_seed(0)
+    for size in (1e-2, 30.0):
+        x = (size * torch.randn(20, 16, generator=g)).half()
+        compare_hinge(close, x, 32 * size**2, 1.0, grad=0.1 / size**3)
+        compare_hinge(close, x, 32.0, 1 / size**2, grad=1.0)
+
+
+def test_pairs_beyond_the_margin_count_for_nothing():
+    x = 100 * torch.arange(20.0)[:, None] + torch.zeros(1, 8)
+    for margin, few in [(1e-3, 0), (8e4 + 8, 38)]:  # none; each row with its neighbours
+        loss, saved = contrast.distance_hinge(x, margin, 1.0)
+        assert abs(loss - few * 64 / 380) <= 1e-2 * few
+        grad = contrast.distance_hinge_bwd(torch.tensor(1.0), x, saved, margin, 1.0)
+        assert (grad[1:-1].abs() < 1e-6 + 1e-2 * few).all()
+        assert (grad[[0, -1]] != 0).all() == (few > 0)
+
+
+def test_a_hinge_of_nan_and_of_nothing():
+    x = torch.randn(3, 4)
+    x[1, 2] = torch.nan
+    assert contrast.distance_hinge(x, 1.0, 1.0)[0].isnan()
+    assert contrast.distance_hinge_bwd(torch.tensor(1.0), x, NONE, 1.0, 1.0).isnan().all()
+    for N, D in [(0, 3), (1, 3), (1, 0)]:
+        x = torch.randn(N, D)
+        assert contrast.distance_hinge(x, 1.0, 1.0)[0] == 0
+        assert torch.equal(contrast.distance_hinge_bwd(torch.tensor(1.0), x, NONE, 1.0, 1.0), torch.zeros(N, D))
+    assert contrast.distance_hinge(torch.empty(3, 0), 2.0, 1.0)[0] == 4
 
 
 def test_every_line_of_the_tables_is_valid():
