@@ -1,12 +1,6 @@
-// contrast: E_ij = scale |x_i - y_j|^2, scores of the losses and the weights of their gradients. No includes and no guard:
-// included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
-#ifndef HOST_DEVICE
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline __attribute__((always_inline))
-#endif
-#endif
+// contrast: E_ij = scale |x_i - y_j|^2, scores of the losses and the weights of their gradients. No guard: included
+// once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
+#include "host_device.h"
 
 // From scaled squared norms and the scaled product 2 scale x.y, never below 0. NaN compares false, hence passes.
 template <class V> HOST_DEVICE V energy(V norm_i, V norm_j, V product) {

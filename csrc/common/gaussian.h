@@ -1,18 +1,12 @@
-// gaussian: divergences of diagonal Gaussians P = N(m, e^l), Q = N(n, e^k) as products of what P has and what Q has. No includes
-// and no guard: included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
+// gaussian: divergences of diagonal Gaussians P = N(m, e^l), Q = N(n, e^k) as products of what P has and what Q has. No guard:
+// included once per compiler and instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
 //
 //     2 KL = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) ] + sum_d [ -l - 1 ] + sum_d [ k + n^2 e^-k ]
 //     2 J  = sum_d [ (e^l + m^2) e^-k - 2m (n e^-k) + e^-l (e^k + n^2) - 2m e^-l n ]
 //          + sum_d [ m^2 e^-l - 2 ] + sum_d [ n^2 e^-k ]
 //
 // With G the gradient of the matrix, G @ right and G^T @ left are all that its derivatives need.
-#ifndef HOST_DEVICE
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline __attribute__((always_inline))
-#endif
-#endif
+#include "host_device.h"
 
 constexpr int kKl = 0, kJeffreys = 1, kBhattacharyya = 2;
 constexpr int operands(int kind) { return kind == kJeffreys ? 4 : 2; }

@@ -1,12 +1,6 @@
-// product: a position's share of each factor and what comes of it. No includes and no guard: included once per compiler and
-// instruction set; V is a scalar (host, device) or a vector of the same arithmetic.
-#ifndef HOST_DEVICE
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline __attribute__((always_inline))
-#endif
-#endif
+// product: a position's share of each factor and what comes of it. No guard: included once per compiler and instruction set;
+// V is a scalar (host, device) or a vector of the same arithmetic.
+#include "host_device.h"
 
 // With lam_k = exp(log_lam_k) and the greatest of them e^top: part_k = lam_k e^-top, apart_k = m_k - mean. Precisions stay in
 // logarithms and means relative to the first, so nothing overflows and a common offset costs no digit.
