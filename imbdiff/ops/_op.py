@@ -44,7 +44,7 @@ class Op:
     keeps_all: bool = False
     """Whether the outputs that `call` returns are kept too."""
     reference_bwd: Callable[..., Any] | None = None
-    """Plain torch, usually `torch.func.vjp` of the reference; None: `backward`, if any, needs what is kept only."""
+    """Plain torch, usually the vjp of the reference; None: `backward`, if any, needs what is kept only."""
     fake_bwd: Callable[..., Any] | None = None
     backward: Callable[..., Sequence[Tensor | None]] | None = None
     """(bwd, needs, grads, inputs, saved) -> gradients of the differentiable tensors of `inputs`, in their order.

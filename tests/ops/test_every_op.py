@@ -41,13 +41,10 @@ def test_opcheck(case, backend, dtype, monkeypatch):
     args, leaves = case.leaves(case.make(dtype))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     op = REGISTRY[case.op]
-    backward_alone = op.reference_bwd is not None
-    # opcheck's modes read data pointers, which tensors inside torch.func.vjp do not have.
-    if backend != "reference" or backward_alone or op.backward is None:
-        torch.library.opcheck(
-            overload(f"{case.op}_{backend}"), case.make(dtype), test_utils=tests[: 2 + bool(rows(args).numel())]
-        )
-    if not (leaves and backward_alone):
+    torch.library.opcheck(
+        overload(f"{case.op}_{backend}"), case.make(dtype), test_utils=tests[: 2 + bool(rows(args).numel())]
+    )
+    if not leaves or op.fake_bwd is None:
         return
     seen = []
     name = f"{case.op}_bwd_{backend}"
@@ -58,8 +55,7 @@ def test_opcheck(case, backend, dtype, monkeypatch):
     for o, f in zip(out, fake, strict=True):
         assert (o.shape, o.dtype) == (f.shape, f.dtype)
         assert o.stride() == f.stride() or not o.numel()
-    if backend != "reference":
-        torch.library.opcheck(overload(name), arguments, test_utils=tests[:2])
+    torch.library.opcheck(overload(name), arguments, test_utils=tests[:2])
 
 
 def _flat(out):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops._check import accumulator
+from imbdiff.ops.reference._vjp import vjp
 
 SMALLEST_NORM = 1e-12
 
@@ -36,7 +37,7 @@ def negative_distance_bwd(grad: Tensor, x: Tensor, negatives: Tensor, weight: Te
     def loss(x: Tensor) -> Tensor:
         return negative_distance(x, negatives, weight, scale, include_self, per_row)[0]
 
-    return torch.func.vjp(loss, x)[1](grad)[0].contiguous()
+    return vjp(loss, x)[1](grad)[0].contiguous()
 
 
 def distance_hinge(x: Tensor, margin: float, scale: float, split_k: bool = False) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def distance_hinge(x: Tensor, margin: float, scale: float, split_k: bool = False
 
 
 def distance_hinge_bwd(grad: Tensor, x: Tensor, saved: Tensor, margin: float, scale: float, split_k: bool) -> Tensor:
-    return torch.func.vjp(lambda x: distance_hinge(x, margin, scale)[0], x)[1](grad)[0].contiguous()
+    return vjp(lambda x: distance_hinge(x, margin, scale)[0], x)[1](grad)[0].contiguous()
 
 
 def cosine_contrastive(
@@ -77,7 +78,7 @@ def cosine_contrastive_bwd(grad: Tensor, x: Tensor, negatives: Tensor, weight: T
     def loss(x: Tensor) -> Tensor:
         return cosine_contrastive(x, negatives, weight, tau, include_self)[0]
 
-    return torch.func.vjp(loss, x)[1](grad)[0].contiguous()
+    return vjp(loss, x)[1](grad)[0].contiguous()
 
 
 def supcon(
@@ -99,7 +100,7 @@ def supcon(
 
 def supcon_bwd(grad: Tensor, x: Tensor, labels: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     _, _, tau, _ = rest
-    return torch.func.vjp(lambda x: supcon(x, labels, weight, tau)[0], x)[1](grad)[0].contiguous()
+    return vjp(lambda x: supcon(x, labels, weight, tau)[0], x)[1](grad)[0].contiguous()
 
 
 def _squared_distances(rows: Tensor, negatives: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops._check import accumulator
+from imbdiff.ops.reference._vjp import vjp
 
 KINDS = ("kl", "jeffreys", "bhattacharyya")
 FORMS = ("hinge", "reciprocal")
@@ -93,10 +94,10 @@ class _Gradients:
     def add(self, parts: Sequence[tuple[slice, ...]], of: Callable[..., Tensor], grad: Tensor) -> Tensor:
         """The tile's value."""
         rows = [x[part].to(total.dtype) for x, total, part in zip(self.arguments, self.sums, parts, strict=True)]
-        found = torch.func.vjp(of, *rows)
+        found = vjp(of, *rows)
         for total, part, g in zip(self.sums, parts, found[1](grad), strict=True):
             total[part] += g
-        return found[0]
+        return found[0].detach()
 
     def needed(self, needs: Sequence[bool]) -> list[Tensor]:
         return [total if need else total.new_empty(0) for total, need in zip(self.sums, needs, strict=True)]

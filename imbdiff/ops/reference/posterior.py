@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops._check import accumulator
+from imbdiff.ops.reference._vjp import vjp
 
 GATES = ("full", "t2h", "h2t")
 """The schema's integer is the index of the name."""
@@ -84,7 +85,7 @@ def posterior_mean_bwd(
             p = w * (1 + l - l.detach())
             return p @ (rows - centre) - p.sum(1, keepdim=True) * mean
 
-        g_x, g_rows = torch.func.vjp(share, x, part.to(acc))[1](grad.to(acc))
+        g_x, g_rows = vjp(share, x, part.to(acc))[1](grad.to(acc))
         grad_x += g_x
         grad_bank.append(g_rows.to(bank.dtype))
     return (

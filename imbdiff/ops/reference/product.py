@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops._check import accumulator
+from imbdiff.ops.reference._vjp import vjp
 
 
 def product_of_gaussians(
@@ -48,7 +49,11 @@ def product_of_gaussians_bwd(
     def product(*rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return product_of_gaussians(rows[:K], rows[K:], exponents)
 
-    pullback = torch.func.vjp(product, *means, *logvars)[1]
+    pullback = vjp(product, *means, *logvars)[1]
     found = pullback((grad_mean, grad_log_precision, grad_log_normalizer))
-    grads = [g.contiguous() if need else g.new_empty(0) for g, need in zip(found, needs, strict=True)]
+    # Copies: autograd may give one tensor for two arguments.
+    grads = [
+        g.clone(memory_format=torch.contiguous_format) if need else g.new_empty(0)
+        for g, need in zip(found, needs, strict=True)
+    ]
     return grads[:K], grads[K:]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imbdiff.ops._check import accumulator
+from imbdiff.ops.reference._vjp import vjp
 
 
 def two_branch(
@@ -54,7 +55,7 @@ def two_branch_bwd(
     def losses(own: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         return two_branch(own, target, others, weight, scales, margin)[:2]
 
-    pullback = torch.func.vjp(losses, own, *others)[1]
+    pullback = vjp(losses, own, *others)[1]
     all_grads = pullback((grad_base, grad_terms))
     grads = [g.contiguous() if need else g.new_empty(0) for g, need in zip(all_grads, needs, strict=True)]
     return grads[0], grads[1:]
