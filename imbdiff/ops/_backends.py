@@ -48,19 +48,14 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         for op in (
             "cosine_contrastive",
             "supcon",
+            "distance_hinge",
             "gaussian_divergence",
             "gaussian_overlap",
             "product_of_gaussians",
-            "knn_radius",
-            "ball_count",
-        )
-    },
-    **{
-        op: {"reference": Capability("any", (*_LOW, torch.float64))}
-        for op in (
-            "distance_hinge",
             "posterior_mean",
             "posterior_draw",
+            "knn_radius",
+            "ball_count",
         )
     },
 }

@@ -128,9 +128,11 @@ def _counts(op: str, name: str, value: Tensor, size: int, symbols: str, like: Te
     return _check.values(op, name, value, lambda c: c > 0, "positive").double().contiguous()
 
 
-def _fake_mean(backend: str, x_t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    acc = _check.accumulator(x_t.dtype)
-    return x_t.new_empty(x_t.shape), x_t.new_empty(2, x_t.shape[0], dtype=acc)
+def _fake_mean(backend: str, x_t: Tensor, bank: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    acc, (B, D), kept = _check.accumulator(x_t.dtype), x_t.shape, (2, x_t.shape[0])
+    if backend == "cpu":  # the weights, where they are small beside the bank
+        kept = (len(bank) + 1 if 16 * B <= D else 0, (B + 15) // 16 * 16)
+    return x_t.new_empty(x_t.shape), x_t.new_empty(kept, dtype=acc)
 
 
 def _fake_mean_bwd(grad: Tensor, x_t: Tensor, bank: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
