@@ -8,7 +8,7 @@ import torch
 from imbdiff import ops
 
 from .floors import device
-from .harness import Case, backward, forward, ours
+from .harness import ours, trained
 
 TAU = 1.0
 
@@ -72,18 +72,9 @@ def case(N, D, dtype):
     if reason is None:
         rivals["keops"] = keops
     row = N * D * x.element_size()
-    return Case(
-        op="negative_distance",
-        shape=f"{N}x{D}",
-        dtype=dtype,
-        modes={
-            "forward": {name: forward(f, x) for name, f in rivals.items()},
-            "forward+backward": {name: backward(f, [x], x) for name, f in rivals.items()},
-        },
-        bytes_moved={"forward": row, "forward+backward": 3 * row},
-        flops={"forward": 2 * N * N * D, "forward+backward": 4 * N * N * D},
-        absent={"keops": reason} if reason else {},
-    )
+    flops = 2 * N * N * D, 4 * N * N * D
+    absent = {"keops": reason} if reason else None
+    return trained("negative_distance", f"{N}x{D}", dtype, rivals, [x], [x], (row, 3 * row), flops, absent)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,7 +6,7 @@ import torch
 from imbdiff import ops
 
 from .floors import device
-from .harness import Case, backward, forward, ours
+from .harness import ours, trained
 
 
 def gaussians(N, D):
@@ -57,17 +57,8 @@ class Expert(torch.autograd.Function):
 
 def made(op, shape, rivals, leaves, flops, extra_bytes=0):
     row = sum(x.numel() for x in leaves) * 4
-    return Case(
-        op=op,
-        shape=shape,
-        dtype="float32",
-        modes={
-            "forward": {name: forward(f, *leaves) for name, f in rivals.items()},
-            "forward+backward": {name: backward(f, leaves, *leaves) for name, f in rivals.items()},
-        },
-        bytes_moved={"forward": row + extra_bytes, "forward+backward": 3 * row + 2 * extra_bytes},
-        flops={"forward": flops, "forward+backward": 3 * flops},
-    )
+    moved = row + extra_bytes, 3 * row + 2 * extra_bytes
+    return trained(op, shape, "float32", rivals, leaves, leaves, moved, (flops, 3 * flops))
 
 
 def matrix_case(kind, N, D):

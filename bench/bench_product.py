@@ -8,7 +8,7 @@ import torch
 from imbdiff import ops
 
 from .floors import device
-from .harness import Case, backward, forward, ours
+from .harness import ours, trained
 
 
 def eager(means, logvars):
@@ -27,17 +27,9 @@ def case(K, B, D, dtype):
     size = rows[0].element_size()
     # Read: the factors. Written: mean and ln Lam. The backward reads both again, as gradients, and writes the factors'.
     once = B * D * (2 * K * size + size + 4)
-    return Case(
-        op="product_of_gaussians",
-        shape=f"K{K}x{B}x{D}",
-        dtype=dtype,
-        modes={
-            "forward": {name: forward(f, rows[:K], rows[K:]) for name, f in rivals.items()},
-            "forward+backward": {name: backward(f, rows, rows[:K], rows[K:]) for name, f in rivals.items()},
-        },
-        bytes_moved={"forward": once, "forward+backward": 2 * once + B * D * 2 * K * size},
-        flops={"forward": 20 * K * B * D, "forward+backward": 50 * K * B * D},
-    )
+    moved, flops = (once, 2 * once + B * D * 2 * K * size), (20 * K * B * D, 50 * K * B * D)
+    inputs = rows[:K], rows[K:]
+    return trained("product_of_gaussians", f"K{K}x{B}x{D}", dtype, rivals, rows, inputs, moved, flops)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from .harness import Record
 
-COLOURS = {"imbdiff": "#c2410c", "compile": "#1d4ed8", "expert": "#0f766e", "eager": "#64748b", "keops": "#a16207"}
+COLOURS = {
+    "imbdiff": "#c2410c",
+    "compile": "#1d4ed8",
+    "expert": "#0f766e",
+    "chunked": "#7c3aed",
+    "eager": "#64748b",
+    "keops": "#a16207",
+    "published": "#be185d",
+}
 
 
 def share_of_floor(record: Record, rival: str) -> float:
@@ -41,7 +49,7 @@ def draw(device: str, records: list[Record], file: Path) -> None:
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlabel("speed as a share of the floor: 1× is as fast as a copy of the bytes, or as the matrix product")
+    panel.set_xlabel("share of the floor: 1× is as fast as a copy of the bytes, or as the matrix product", fontsize=8)
     panel.set_title(device, fontsize=10, loc="left")
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(axis="y", length=0)

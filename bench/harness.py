@@ -151,6 +151,32 @@ def forward(f: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
     return run
 
 
+def trained(
+    op: str,
+    shape: str,
+    dtype: str,
+    rivals: Mapping[str, Callable[..., Any]],
+    leaves: Sequence[Tensor],
+    inputs: Sequence[Any],
+    bytes_moved: tuple[int, int],
+    flops: tuple[int, int],
+    absent: Mapping[str, str] | None = None,
+) -> Case:
+    """A case of two modes, forward and both; bytes and operations are given for each."""
+    return Case(
+        op=op,
+        shape=shape,
+        dtype=dtype,
+        modes={
+            "forward": {name: forward(f, *inputs) for name, f in rivals.items()},
+            MAIN: {name: backward(f, leaves, *inputs) for name, f in rivals.items()},
+        },
+        bytes_moved=dict(zip(("forward", MAIN), bytes_moved, strict=True)),
+        flops=dict(zip(("forward", MAIN), flops, strict=True)),
+        absent=absent or {},
+    )
+
+
 def backward(f: Callable[..., Any], leaves: Sequence[Tensor], *inputs: Any) -> Callable[[], Any]:
     """Forward, then the gradients for given gradients of the outputs: the same for every rival."""
     given: list[Tensor] = []

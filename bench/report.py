@@ -25,6 +25,8 @@ SOURCES = {
     "gaussian_overlap": "bench_gaussian.py",
     "knn_radius": "bench_neighbours.py",
     "ball_count": "bench_neighbours.py",
+    "posterior_draw": "bench_posterior.py",
+    "posterior_mean": "bench_posterior.py",
 }
 """The file that measures an operation, where it is not `bench_OP.py`."""
 
