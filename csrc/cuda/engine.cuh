@@ -85,6 +85,22 @@ template <int V, class T> __device__ inline void store(T* p, int64_t left, const
   }
 }
 
+// A row that is multiplied when it is read; none where there are no data. A plain pointer is a row, too.
+template <class T> struct Scaled {
+  const T* data;
+  float factor;
+};
+
+// Columns d .. d + V of a row that ends at `end`.
+template <int V, class T> __device__ inline void load_at(const T* row, int64_t d, int64_t end, float (&out)[V]) {
+  load(row + d, row ? end - d : 0, out);
+}
+template <int V, class T> __device__ inline void load_at(const Scaled<T>& row, int64_t d, int64_t end, float (&out)[V]) {
+  load_at(row.data, d, end, out);
+#pragma unroll
+  for (int e = 0; e < V; ++e) out[e] *= row.factor;
+}
+
 // States. A state can be merged with another and sent through a shuffle.
 template <int N> struct Sum {
   float v[N];
@@ -153,15 +169,14 @@ struct SquaredDifference {
   __device__ static float step(float a, float b, float sum) { return fmaf(a - b, a - b, sum); }
 };
 
-// pairs = Score over the columns [begin, end) of 64 rows and 64 others; a and b are the rows that this thread fetches, or null.
-template <class Score, class T>
-__device__ inline void score_tile(const T* a, const T* b, int64_t begin, int64_t end, Shared& pool, Pairs& pairs) {
+// pairs = Score over the columns [begin, end) of 64 rows and 64 others; a and b are the rows that this thread fetches, or none.
+template <class Score, class Row>
+__device__ inline void score_tile(const Row& a, const Row& b, int64_t begin, int64_t end, Shared& pool, Pairs& pairs) {
   const Place at;
   float next_a[4], next_b[4];
   const auto fetch = [&](int64_t d) {
-    d += at.fetch_column;
-    load(a + d, a ? end - d : 0, next_a);
-    load(b + d, b ? end - d : 0, next_b);
+    load_at(a, d + at.fetch_column, end, next_a);
+    load_at(b, d + at.fetch_column, end, next_b);
   };
 #pragma unroll
   for (int n = 0; n < 16; ++n) pairs[n / 4][n % 4] = 0.f;
@@ -186,16 +201,15 @@ __device__ inline void score_tile(const T* a, const T* b, int64_t begin, int64_t
   __syncthreads();
 }
 
-// out[i, d] += sum_j weights[j][i] (x[i, d] - y[j, d]), 64 columns from d on; y is the row that this thread fetches, or null.
-template <class T>
-__device__ inline void apply_tile(const T* y, int64_t d, int64_t D, const Shared& weights, Shared& pool, const Pairs& x,
+// out[i, d] += sum_j weights[j][i] (x[i, d] - y[j, d]), 64 columns from d on; y is the row that this thread fetches, or none.
+template <class Row>
+__device__ inline void apply_tile(const Row& y, int64_t d, int64_t D, const Shared& weights, Shared& pool, const Pairs& x,
                                   Pairs& out) {
   const Place at;
 #pragma unroll
   for (int q = 0; q < kTile; q += 16) {
-    const int64_t column = d + q + at.fetch_column;
     float values[4];
-    load(y + column, y ? D - column : 0, values);
+    load_at(y, d + q + at.fetch_column, D, values);
     store(&pool.v[at.fetch_row][q + at.fetch_column], 4, values);
   }
   __syncthreads();

@@ -34,11 +34,14 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         "triton": Capability("cuda", _LOW, most_others=4),
         "cuda": Capability("cuda", _LOW, most_others=4),
     },
-    "negative_distance": {
-        "reference": Capability("any", (*_LOW, torch.float64)),
-        "cpu": Capability("cpu", (*_LOW, torch.float64)),
-        "triton": Capability("cuda", _LOW),
-        "cuda": Capability("cuda", _LOW),
+    **{
+        op: {
+            "reference": Capability("any", (*_LOW, torch.float64)),
+            "cpu": Capability("cpu", (*_LOW, torch.float64)),
+            "triton": Capability("cuda", _LOW),
+            "cuda": Capability("cuda", _LOW),
+        }
+        for op in ("negative_distance", "cosine_contrastive", "supcon", "distance_hinge")
     },
     **{
         op: {
@@ -46,9 +49,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
             "cpu": Capability("cpu", (*_LOW, torch.float64)),
         }
         for op in (
-            "cosine_contrastive",
-            "supcon",
-            "distance_hinge",
             "gaussian_divergence",
             "gaussian_overlap",
             "product_of_gaussians",
@@ -59,9 +59,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
         )
     },
 }
-CAPABILITIES["distance_hinge"]["triton"] = Capability("cuda", _LOW)
-CAPABILITIES["cosine_contrastive"]["triton"] = Capability("cuda", _LOW)
-CAPABILITIES["supcon"]["triton"] = Capability("cuda", _LOW)
 
 PREFERRED = ("cpu", "reference")
 """What `auto` tries in turn; a back end enters when a committed measurement says that it is the faster one."""

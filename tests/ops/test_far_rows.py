@@ -39,8 +39,10 @@ def test_rows_more_than_2_to_the_31_elements_apart(loss, D, backend):
         assert torch.equal(near, apart)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("op", ["two_branch", "negative_distance"])
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [(op, b) for op, table in _backends.CAPABILITIES.items() for b, can in table.items() if can.device == "cuda"],
+)
 def test_float64_is_refused_on_a_gpu_by_name(op, backend):
     rows = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
     assert _backends.refusal(op, backend, rows) == "does not take torch.float64"
