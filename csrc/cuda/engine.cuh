@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef IMBDIFF_EMULATE
 #include "emulate.h"
@@ -41,6 +42,15 @@ struct Split {
     return {length > 0 ? ceil_div(length, span) : 1, span};
   }
 };
+
+// Of row operations: more blocks than fit at once, so that the last wave costs little. grain: what a block loads at once.
+inline Split row_split(int64_t B, int64_t D, int64_t grain) { return Split::of(D, ceil_div(16 * kFill, B), 4096, grain); }
+
+// f with `count` as a constant, one of least .. most.
+template <int least, int most, class F> void by_count(int64_t count, const F& f) {
+  if (count == least) return f(std::integral_constant<int, least>{});
+  if constexpr (least < most) by_count<least + 1, most>(count, f);
+}
 
 template <class T> struct Rows {  // any distance between rows, dense in a row
   const T* data;

@@ -14,10 +14,7 @@ struct Small { const float *weight, *scales, *margin; };
 struct Outputs { float *base, *terms, *distance; };
 template <class T> struct Gradients { T *own, *others[kMost]; };
 
-// Whole 16-byte loads of all threads in a part; many more blocks than fit at once, so that the last wave costs little.
-template <class T> Split split(int64_t B, int64_t D) {
-  return Split::of(D, ceil_div(16 * kFill, B), 4096, kThreads * (16 / sizeof(T)));
-}
+template <class T> Split split(int64_t B, int64_t D) { return row_split(B, D, kThreads * (16 / sizeof(T))); }
 template <class T> int64_t workspace(int64_t B, int64_t D, int K) {
   const int64_t parts = B > 0 ? split<T>(B, D).parts : 1;
   return parts > 1 ? parts * (1 + K) * B : 0;
@@ -120,21 +117,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Inputs<T> x, Split s
   }
 }
 
-template <class F> void by_count(int K, const F& f) {
-  switch (K) {
-    case 0: return f(std::integral_constant<int, 0>{});
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-  }
-}
-
 template <class T>
 void forward(const Inputs<T>& x, int K, Small small, Outputs out, float* partial, cudaStream_t stream) {
   if (x.B == 0) return;
   const Split s = split<T>(x.B, x.D);
-  by_count(K, [&](auto count) {
+  by_count<0, kMost>(K, [&](auto count) {
     launch(forward_kernel<T, count()>, x.B * s.parts, kThreads, stream, x, s, small, out, partial);
     if (s.parts > 1) launch(finish_kernel<count()>, x.B, 32, stream, partial, s.parts, x.B, x.D, small, out);
   });
@@ -145,7 +132,7 @@ void backward(const Inputs<T>& x, int K, Small small, const float* grad_base, co
               const Gradients<T>& grads, cudaStream_t stream) {
   if (x.B == 0 || x.D == 0) return;
   const Split s = split<T>(x.B, x.D);
-  by_count(K, [&](auto count) {
+  by_count<0, kMost>(K, [&](auto count) {
     launch(backward_kernel<T, count()>, x.B * s.parts, kThreads, stream, x, s, small, grad_base, grad_terms, distance, grads);
   });
 }

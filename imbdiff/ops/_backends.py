@@ -23,41 +23,30 @@ class Capability:
     device: str
     """Device type, or "any"."""
     dtypes: tuple[torch.dtype, ...]
-    most_others: int | None = None
-    """Largest K of two_branch; None: any."""
+    longest: int | None = None
+    """Of a list of tensors, two_branch's others or a product's factors; None: any."""
+
+
+def _on(*gpu: str, longest: int | None = None) -> dict[str, Capability]:
+    """A reference and a CPU kernel take every type, kernels of a GPU all but float64."""
+    every = (*_LOW, torch.float64)
+    lines = {"reference": Capability("any", every), "cpu": Capability("cpu", every)}
+    return lines | {backend: Capability("cuda", _LOW, longest) for backend in gpu}
 
 
 CAPABILITIES: dict[str, dict[str, Capability]] = {
-    "two_branch": {
-        "reference": Capability("any", (*_LOW, torch.float64)),
-        "cpu": Capability("cpu", (*_LOW, torch.float64)),
-        "triton": Capability("cuda", _LOW, most_others=4),
-        "cuda": Capability("cuda", _LOW, most_others=4),
-    },
-    **{
-        op: {
-            "reference": Capability("any", (*_LOW, torch.float64)),
-            "cpu": Capability("cpu", (*_LOW, torch.float64)),
-            "triton": Capability("cuda", _LOW),
-            "cuda": Capability("cuda", _LOW),
-        }
-        for op in ("negative_distance", "cosine_contrastive", "supcon", "distance_hinge")
-    },
-    **{
-        op: {
-            "reference": Capability("any", (*_LOW, torch.float64)),
-            "cpu": Capability("cpu", (*_LOW, torch.float64)),
-        }
-        for op in (
-            "gaussian_divergence",
-            "gaussian_overlap",
-            "product_of_gaussians",
-            "posterior_mean",
-            "posterior_draw",
-            "knn_radius",
-            "ball_count",
-        )
-    },
+    "two_branch": _on("triton", "cuda", longest=4),
+    "negative_distance": _on("triton", "cuda"),
+    "cosine_contrastive": _on("triton", "cuda"),
+    "supcon": _on("triton", "cuda"),
+    "distance_hinge": _on("triton", "cuda"),
+    "product_of_gaussians": _on("cuda", longest=4),
+    "gaussian_divergence": _on(),
+    "gaussian_overlap": _on(),
+    "posterior_mean": _on(),
+    "posterior_draw": _on(),
+    "knn_radius": _on(),
+    "ball_count": _on(),
 }
 
 PREFERRED = ("cpu", "reference")
@@ -89,19 +78,19 @@ def use(backend: str) -> Iterator[None]:
         _STATE.forced = old
 
 
-def choose(op: str, rows: Tensor, others: int = 0) -> str:
+def choose(op: str, rows: Tensor, length: int = 0) -> str:
     """The back end for this call, by the table; raises with every back end's reason where none can."""
     if _STATE.forced is not None:
-        if refusal(op, _STATE.forced, rows, others):
-            raise ValueError(f"{op}: the forced back end cannot run this call. {_reasons(op, rows, others)}")
+        if refusal(op, _STATE.forced, rows, length):
+            raise ValueError(f"{op}: the forced back end cannot run this call. {_reasons(op, rows, length)}")
         return _STATE.forced
     for backend in PREFERRED:
-        if not refusal(op, backend, rows, others):
+        if not refusal(op, backend, rows, length):
             return backend
-    raise ValueError(f"{op}: no back end can run this call. {_reasons(op, rows, others)}")
+    raise ValueError(f"{op}: no back end can run this call. {_reasons(op, rows, length)}")
 
 
-def refusal(op: str, backend: str, rows: Tensor, others: int = 0) -> str | None:
+def refusal(op: str, backend: str, rows: Tensor, length: int = 0) -> str | None:
     """Why `backend` cannot run this call, or None."""
     can = CAPABILITIES[op].get(backend)
     if can is None:
@@ -110,13 +99,13 @@ def refusal(op: str, backend: str, rows: Tensor, others: int = 0) -> str | None:
         return f"needs {can.device} tensors, got {rows.device.type}"
     if rows.dtype not in can.dtypes:
         return f"does not take {rows.dtype}"
-    if can.most_others is not None and others > can.most_others:
-        return f"takes at most {can.most_others} others, got {others}"
+    if can.longest is not None and length > can.longest:
+        return f"takes lists of at most {can.longest} tensors, got {length}"
     return PROBLEMS.get(backend)
 
 
-def _reasons(op: str, rows: Tensor, others: int) -> str:
-    return "; ".join(f"{b}: {refusal(op, b, rows, others) or 'can'}" for b in BACKENDS)
+def _reasons(op: str, rows: Tensor, length: int) -> str:
+    return "; ".join(f"{b}: {refusal(op, b, rows, length) or 'can'}" for b in BACKENDS)
 
 
 LIBRARIES = {backend: Path(__file__).parents[1] / file for backend, file in [("cpu", "_C.so"), ("cuda", "_C_cuda.so")]}

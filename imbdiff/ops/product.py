@@ -57,7 +57,7 @@ def product_of_gaussians(
         exponents = first.new_ones(K, B, dtype=acc)
     else:
         exponents = _exponents(op, exponents, K, B, first)
-    backend = _backends.choose(op, first)
+    backend = _backends.choose(op, first, K)
     mean, log_precision, log_normalizer = call(op, backend, rows, spread, exponents.to(acc).contiguous())
     return mean.view(first.shape), log_precision.view(first.shape), log_normalizer
 

@@ -16,9 +16,11 @@ import pytest
 from ..build import ROOT, build, python
 
 # Of each file: kernels for an architecture, and registers that a thread may use. Two blocks of 256 threads share the
-# 65536 of a multiprocessor: 128 each. Row kernels want three blocks or more.
+# 65536 of a multiprocessor: 128 each. Row kernels want three blocks or more, but for the backward of four factors:
+# its threads have ten loads in flight each.
 KERNELS = {
     "contrast": (24, 128),  # 6 of 3 dtypes, 6 of none
+    "product": (26, 96),  # forward and backward of 3 dtypes x 4 counts, 2 of none
     "two_branch": (35, 80),  # forward and backward of 3 dtypes x 5 counts, finish of 5 counts
 }
 

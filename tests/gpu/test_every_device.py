@@ -129,12 +129,18 @@ def supcon(x: Tensor, *_: Tensor) -> Tensor:
     return ops.supcon_loss(x, torch.arange(len(x), device=x.device) // 2)
 
 
+def product_of_gaussians(x: Tensor, other: Tensor, logvar: Tensor) -> Tensor:
+    mean, log_precision, log_normalizer = ops.product_of_gaussians([x, other], [logvar, 0.5])
+    return mean.sum() + log_precision.sum() + log_normalizer.sum()
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "two_branch": two_branch,
     "negative_distance": negative_distance,
     "distance_hinge": distance_hinge,
     "cosine_contrastive": cosine_contrastive,
     "supcon": supcon,
+    "product_of_gaussians": product_of_gaussians,
 }
 
 
@@ -198,8 +204,12 @@ def test_more_than_2_31_elements(op: str, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend", "device"), ON_GPU)
 def test_memory_peak(op: str, backend: str, device: str) -> None:
-    """two_branch: the gradient and the sums of a row's parts. Losses of all pairs, streaming: nothing of size N x N."""
-    N, D = (256, 16_384) if op == "two_branch" else (8192, 64)
+    """Of all pairs, streaming: nothing of size N x N. Of rows: as many tensors of their size as stand here.
+
+    A product has two outputs, whose gradients are tensors of that size, and the gradient of its rows.
+    """
+    rows_alone = {"two_branch": 1, "product_of_gaussians": 3}
+    N, D = (256, 16_384) if op in rows_alone else (8192, 64)
     args = [torch.randn(N, D, device=device) for _ in range(3)]
     with ops.use(backend):
         value_and_gradient(LOSSES[op], args)  # compiles, and creates what stays
@@ -208,4 +218,4 @@ def test_memory_peak(op: str, backend: str, device: str) -> None:
         before = torch.cuda.memory_allocated()
         value_and_gradient(LOSSES[op], args)
         extra = torch.cuda.max_memory_allocated() - before
-    assert extra < (N * D * 4 + 2**20 if op == "two_branch" else N * N)
+    assert extra < (rows_alone[op] * N * D * 4 + 2**20 if op in rows_alone else N * N)

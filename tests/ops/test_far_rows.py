@@ -46,3 +46,22 @@ def test_rows_more_than_2_to_the_31_elements_apart(loss, D, backend):
 def test_float64_is_refused_on_a_gpu_by_name(op, backend):
     rows = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
     assert _backends.refusal(op, backend, rows) == "does not take torch.float64"
+
+
+def two_branch_of(rows):
+    return ops.two_branch_loss(rows[0], rows[0], rows, torch.ones(len(rows), 2), torch.ones(len(rows), 3))
+
+
+def product_of(rows):
+    return ops.product_of_gaussians(rows, [0.0] * len(rows))
+
+
+@pytest.mark.parametrize(("op", "call"), [("two_branch", two_branch_of), ("product_of_gaussians", product_of)])
+def test_lists_longer_than_a_back_end_takes_are_refused(op, call, monkeypatch):
+    limited = _backends.Capability("any", (torch.float32,), longest=4)
+    monkeypatch.setitem(_backends.CAPABILITIES[op], "reference", limited)
+    rows = list(torch.randn(5, 2, 3))
+    with ops.use("reference"):
+        call(rows[:4])
+        with pytest.raises(ValueError, match="takes lists of at most 4 tensors, got 5"):
+            call(rows)
