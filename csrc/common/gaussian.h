@@ -72,9 +72,9 @@ HOST_DEVICE void pair_slopes(V d, V growth, V back, V of_l, V of_k, V gradient, 
 }
 
 // One dimension of the Bhattacharyya distance: twice its derivative for the mean and four times that for the log-variance, of P
-// and of Q; v = e^l, w = e^k, d = m - n.
-template <class V> HOST_DEVICE void bhattacharyya_slopes(V d, V v, V w, V gradient, Slope<V>& of_p, Slope<V>& of_q) {
-  const V inverse = 1 / (v + w), t = d * inverse, pull = gradient * t, square = pull * t, tilt = gradient * (v - w) * inverse;
+// and of Q; v = e^l, w = e^k, wider = v - w, d = m - n.
+template <class V> HOST_DEVICE void bhattacharyya_slopes(V d, V v, V w, V wider, V gradient, Slope<V>& of_p, Slope<V>& of_q) {
+  const V inverse = 1 / (v + w), t = d * inverse, pull = gradient * t, square = pull * t, tilt = gradient * wider * inverse;
   of_p.mean += pull;
   of_p.logvar += tilt - square * v;
   of_q.mean -= pull;

@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,25 +30,43 @@ struct Barrier {
 };
 struct Warp {
   Barrier barrier{32};
-  float lanes[2][32];  // two sets in turn: nobody writes one that another lane may still read
+  double lanes[2][32];  // two sets in turn: nobody writes one that another lane may still read
 };
 struct Index { unsigned x; };
 inline int omitted = -1;
 inline Barrier* block;
 inline thread_local Warp* warp;
 inline thread_local int turn;
+inline std::atomic<int> votes[3];
+inline thread_local unsigned vote;
 }  // namespace emulate
 
 inline emulate::Index blockDim, gridDim;
 inline thread_local emulate::Index threadIdx, blockIdx;
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  const unsigned lane = threadIdx.x % 32;
-  float* lanes = emulate::warp->lanes[emulate::turn ^= 1];
-  lanes[lane] = value;
-  emulate::warp->barrier.wait();
-  return lanes[lane ^ mask];
+namespace emulate {
+template <class V> const double* exchange(V value) {
+  double* lanes = warp->lanes[turn ^= 1];
+  lanes[threadIdx.x % 32] = static_cast<double>(value);
+  warp->barrier.wait();
+  return lanes;
 }
+}  // namespace emulate
+
+template <class V> V __shfl_xor_sync(unsigned, V value, int mask) {
+  return static_cast<V>(emulate::exchange(value)[threadIdx.x % 32 ^ mask]);
+}
+
+// Three words in turn: what is cleared here was read before this barrier and is written after the next.
+inline int __syncthreads_or(int value) {
+  const int at = emulate::vote++ % 3;
+  if (value) emulate::votes[at] = 1;
+  emulate::block->wait();
+  emulate::votes[(at + 2) % 3] = 0;
+  return emulate::votes[at];
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __fdividef(float a, float b) { return a / b; }
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { _Float16 value; };
@@ -72,6 +91,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t, A..
   emulate::Barrier all(threads);
   emulate::block = &all;
   blockDim.x = threads, gridDim.x = blocks;
+  for (auto& vote : emulate::votes) vote = 0;
   const auto warps = std::make_unique<emulate::Warp[]>(threads / 32);
   std::vector<std::thread> pool;
   for (int t = 0; t < threads; ++t)

@@ -112,8 +112,8 @@ template <int V, class T> __device__ inline void load_at(const Scaled<T>& row, i
 }
 
 // States. A state can be merged with another and sent through a shuffle.
-template <int N> struct Sum {
-  float v[N];
+template <int N, class V = float> struct Sum {
+  V v[N];
   __device__ void merge(const Sum& other) {
 #pragma unroll
     for (int n = 0; n < N; ++n) v[n] += other.v[n];

@@ -134,6 +134,14 @@ def product_of_gaussians(x: Tensor, other: Tensor, logvar: Tensor) -> Tensor:
     return mean.sum() + log_precision.sum() + log_normalizer.sum()
 
 
+def gaussian_divergence(mean: Tensor, logvar: Tensor, other: Tensor) -> Tensor:
+    return ops.gaussian_divergence(mean, logvar, other[:4], logvar[:4]).mean()
+
+
+def gaussian_overlap(mean: Tensor, logvar: Tensor, other: Tensor) -> Tensor:
+    return ops.gaussian_overlap_loss(mean, logvar, other, logvar, form="reciprocal", per_dim=True, pairs="all")
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "two_branch": two_branch,
     "negative_distance": negative_distance,
@@ -141,6 +149,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cosine_contrastive": cosine_contrastive,
     "supcon": supcon,
     "product_of_gaussians": product_of_gaussians,
+    "gaussian_divergence": gaussian_divergence,
+    "gaussian_overlap": gaussian_overlap,
 }
 
 
