@@ -111,7 +111,7 @@ def back_ends(function: Callable[..., Any]) -> str:
     for backend in BACKENDS:
         if can := CAPABILITIES[op].get(backend):
             types = ", ".join(str(dtype).removeprefix("torch.") for dtype in can.dtypes)
-            limit = f"; lists of at most {can.longest}" if can.longest is not None else ""
+            limit = "; at most {} {}".format(*can.most) if can.most is not None else ""
             lines.append(f"| {backend} | {can.device} | {types}{limit} |")
     return "\n".join(lines)
 

@@ -56,6 +56,20 @@ template <class V> const double* exchange(V value) {
 template <class V> V __shfl_xor_sync(unsigned, V value, int mask) {
   return static_cast<V>(emulate::exchange(value)[threadIdx.x % 32 ^ mask]);
 }
+template <class V> V __shfl_sync(unsigned, V value, int lane) { return static_cast<V>(emulate::exchange(value)[lane]); }
+template <class V> V __shfl_up_sync(unsigned, V value, unsigned by) {
+  const double* lanes = emulate::exchange(value);
+  return threadIdx.x % 32 < by ? value : static_cast<V>(lanes[threadIdx.x % 32 - by]);
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const double* lanes = emulate::exchange(value);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= unsigned(lanes[lane] != 0) << lane;
+  return bits;
+}
+inline void atomicAdd(unsigned long long* to, unsigned long long value) {
+  std::atomic_ref(*to).fetch_add(value, std::memory_order_relaxed);  // no barrier
+}
 
 // Three words in turn: what is cleared here was read before this barrier and is written after the next.
 inline int __syncthreads_or(int value) {
@@ -66,6 +80,7 @@ inline int __syncthreads_or(int value) {
   return emulate::votes[at];
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __fdividef(float a, float b) { return a / b; }
 
 struct __nv_bfloat16 { uint16_t bits; };

@@ -23,30 +23,30 @@ class Capability:
     device: str
     """Device type, or "any"."""
     dtypes: tuple[torch.dtype, ...]
-    longest: int | None = None
-    """Of a list of tensors, two_branch's others or a product's factors; None: any."""
+    most: tuple[int, str] | None = None
+    """How many of what the kernel takes: others, factors, neighbours; None: any number."""
 
 
-def _on(*gpu: str, longest: int | None = None) -> dict[str, Capability]:
+def _on(*gpu: str, most: tuple[int, str] | None = None) -> dict[str, Capability]:
     """A reference and a CPU kernel take every type, kernels of a GPU all but float64."""
     every = (*_LOW, torch.float64)
     lines = {"reference": Capability("any", every), "cpu": Capability("cpu", every)}
-    return lines | {backend: Capability("cuda", _LOW, longest) for backend in gpu}
+    return lines | {backend: Capability("cuda", _LOW, most) for backend in gpu}
 
 
 CAPABILITIES: dict[str, dict[str, Capability]] = {
-    "two_branch": _on("triton", "cuda", longest=4),
+    "two_branch": _on("triton", "cuda", most=(4, "others")),
     "negative_distance": _on("triton", "cuda"),
     "cosine_contrastive": _on("triton", "cuda"),
     "supcon": _on("triton", "cuda"),
     "distance_hinge": _on("triton", "cuda"),
-    "product_of_gaussians": _on("cuda", longest=4),
+    "product_of_gaussians": _on("cuda", most=(4, "factors")),
     "gaussian_divergence": _on("cuda"),
     "gaussian_overlap": _on("cuda"),
     "posterior_mean": _on(),
     "posterior_draw": _on(),
-    "knn_radius": _on(),
-    "ball_count": _on(),
+    "knn_radius": _on("cuda", most=(32, "neighbours")),
+    "ball_count": _on("cuda"),
 }
 
 PREFERRED = ("cpu", "reference")
@@ -78,19 +78,19 @@ def use(backend: str) -> Iterator[None]:
         _STATE.forced = old
 
 
-def choose(op: str, rows: Tensor, length: int = 0) -> str:
+def choose(op: str, rows: Tensor, count: int = 0) -> str:
     """The back end for this call, by the table; raises with every back end's reason where none can."""
     if _STATE.forced is not None:
-        if refusal(op, _STATE.forced, rows, length):
-            raise ValueError(f"{op}: the forced back end cannot run this call. {_reasons(op, rows, length)}")
+        if refusal(op, _STATE.forced, rows, count):
+            raise ValueError(f"{op}: the forced back end cannot run this call. {_reasons(op, rows, count)}")
         return _STATE.forced
     for backend in PREFERRED:
-        if not refusal(op, backend, rows, length):
+        if not refusal(op, backend, rows, count):
             return backend
-    raise ValueError(f"{op}: no back end can run this call. {_reasons(op, rows, length)}")
+    raise ValueError(f"{op}: no back end can run this call. {_reasons(op, rows, count)}")
 
 
-def refusal(op: str, backend: str, rows: Tensor, length: int = 0) -> str | None:
+def refusal(op: str, backend: str, rows: Tensor, count: int = 0) -> str | None:
     """Why `backend` cannot run this call, or None."""
     can = CAPABILITIES[op].get(backend)
     if can is None:
@@ -99,13 +99,13 @@ def refusal(op: str, backend: str, rows: Tensor, length: int = 0) -> str | None:
         return f"needs {can.device} tensors, got {rows.device.type}"
     if rows.dtype not in can.dtypes:
         return f"does not take {rows.dtype}"
-    if can.longest is not None and length > can.longest:
-        return f"takes lists of at most {can.longest} tensors, got {length}"
+    if can.most is not None and count > can.most[0]:
+        return f"takes at most {can.most[0]} {can.most[1]}, got {count}"
     return PROBLEMS.get(backend)
 
 
-def _reasons(op: str, rows: Tensor, length: int) -> str:
-    return "; ".join(f"{b}: {refusal(op, b, rows, length) or 'can'}" for b in BACKENDS)
+def _reasons(op: str, rows: Tensor, count: int) -> str:
+    return "; ".join(f"{b}: {refusal(op, b, rows, count) or 'can'}" for b in BACKENDS)
 
 
 LIBRARIES = {backend: Path(__file__).parents[1] / file for backend, file in [("cpu", "_C.so"), ("cuda", "_C_cuda.so")]}

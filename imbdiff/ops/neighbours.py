@@ -39,7 +39,7 @@ def knn_radius(x: Tensor, k: int, *, squared: bool = False) -> Tensor:
     if not 1 <= k < N:
         raise ValueError(f"{op}: k must lie in 1..N-1 = 1..{N - 1} for N = {N} rows, got {k!r}")
     _check.constant(op, "x", x)
-    return call(op, _backends.choose(op, x), _check.rows(x), k, squared)[0]
+    return call(op, _backends.choose(op, x, k), _check.rows(x), k, squared)[0]
 
 
 def ball_count(points: Tensor, centers: Tensor, squared_radii: Tensor) -> tuple[Tensor, Tensor]:

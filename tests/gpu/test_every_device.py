@@ -142,6 +142,15 @@ def gaussian_overlap(mean: Tensor, logvar: Tensor, other: Tensor) -> Tensor:
     return ops.gaussian_overlap_loss(mean, logvar, other, logvar, form="reciprocal", per_dim=True, pairs="all")
 
 
+def knn_radius(x: Tensor, *_: Tensor) -> Tensor:
+    return ops.knn_radius(x.detach(), 1)
+
+
+def ball_count(points: Tensor, centers: Tensor, _: Tensor) -> Tensor:
+    radii = torch.full((len(centers),), 2.0 * centers.shape[1], device=centers.device)
+    return torch.cat(ops.ball_count(points.detach(), centers, radii))
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "two_branch": two_branch,
     "negative_distance": negative_distance,
@@ -151,6 +160,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "product_of_gaussians": product_of_gaussians,
     "gaussian_divergence": gaussian_divergence,
     "gaussian_overlap": gaussian_overlap,
+    "knn_radius": knn_radius,
+    "ball_count": ball_count,
 }
 
 
@@ -159,9 +170,10 @@ def test_every_operation_has_its_loss_here() -> None:
 
 
 def value_and_gradient(f: Callable[..., Tensor], args: list[Tensor]) -> list[Tensor]:
+    """Indices and radii have no gradient."""
     x = args[0].detach().requires_grad_()
     value = f(x, *args[1:])
-    return [value.detach(), *torch.autograd.grad(value, x)]
+    return [value.detach(), *(torch.autograd.grad(value, x) if value.requires_grad else ())]
 
 
 @everywhere

@@ -58,10 +58,10 @@ def product_of(rows):
 
 @pytest.mark.parametrize(("op", "call"), [("two_branch", two_branch_of), ("product_of_gaussians", product_of)])
 def test_lists_longer_than_a_back_end_takes_are_refused(op, call, monkeypatch):
-    limited = _backends.Capability("any", (torch.float32,), longest=4)
+    limited = _backends.Capability("any", (torch.float32,), most=(4, "tensors"))
     monkeypatch.setitem(_backends.CAPABILITIES[op], "reference", limited)
     rows = list(torch.randn(5, 2, 3))
     with ops.use("reference"):
         call(rows[:4])
-        with pytest.raises(ValueError, match="takes lists of at most 4 tensors, got 5"):
+        with pytest.raises(ValueError, match="takes at most 4 tensors, got 5"):
             call(rows)

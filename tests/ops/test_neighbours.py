@@ -180,3 +180,14 @@ def test_refusals_of_the_radius(args, error, text):
 def test_refusals_of_the_count(args, error, text):
     with pytest.raises(error, match=f"ball_count: {text}"):
         ops.ball_count(*args)
+
+
+def test_a_back_end_that_limits_k_refuses_more(monkeypatch):
+    limited = _backends.Capability("cpu", (torch.float32,), most=(3, "neighbours"))
+    monkeypatch.setitem(_backends.CAPABILITIES["knn_radius"], "cpu", limited)
+    x = torch.randn(9, 2)
+    with ops.use("cpu"), pytest.raises(ValueError, match="takes at most 3 neighbours, got 4"):
+        ops.knn_radius(x, 4)
+    with ops.use("reference"):
+        want = ops.knn_radius(x, 4)
+    assert torch.equal(ops.knn_radius(x, 4), want)  # another takes it
