@@ -71,8 +71,15 @@ def operand(dtype: torch.dtype) -> Any:
 
 
 @triton.jit
+def row_tile(tile, source, N, ROWS: tl.constexpr):
+    """What the engine knows of a tile of rows: (pointer, stride), rows, which exist, their position."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    return source, row, row < N, row
+
+
+@triton.jit
 def partner_tile(tile, x, bank, N, M, COLUMNS: tl.constexpr):
-    """Of a tile of x's rows or, after those, the bank's: (pointer, stride), rows, which exist, position among N + M."""
+    """The same of a tile of x's rows or, after those, the bank's; the position is that among N + M."""
     own_tiles = tl.cdiv(N, COLUMNS)
     own = tile < own_tiles
     row = tl.where(own, tile, tile - own_tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -82,13 +89,16 @@ def partner_tile(tile, x, bank, N, M, COLUMNS: tl.constexpr):
 
 @triton.jit
 def framed(some, column, D, frame, OPERAND: tl.constexpr):
-    """Rows minus the centre or times their root, rounded once; zero outside. `some` is what `partner_tile` returns."""
+    """Rows less their share of the centre, times their root; rounded once, zero outside. `some` is a tile of rows."""
     source, row, exists, position = some
-    centre, root = frame
+    centre, share, root = frame
     mask = exists[:, None] & (column < D)[None, :]
     value = rows.load(source, row.to(tl.int64), column, mask)
     if centre is not None:
-        value -= tl.load(centre + column, mask=column < D, other=0.0)[None, :]
+        shift = tl.load(centre + column, mask=column < D, other=0.0)[None, :]
+        if share is not None:
+            shift = shift * tl.load(share + position, mask=exists, other=0.0)[:, None]
+        value -= shift
     if root is not None:
         value *= tl.load(root + position, mask=exists, other=0.0)[:, None]
     return tl.where(mask, value, 0.0).to(OPERAND)
@@ -101,14 +111,15 @@ def entries(vectors, position, exists):
 
 @triton.jit
 def products(
-    own, other, D, frame, OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+    own, other, D, own_frame, other_frame,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """q k^T, contracted in steps of DEPTH."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, DEPTH):
         column = start + tl.arange(0, DEPTH)
-        q = framed(own, column, D, frame, OPERAND)
-        k = framed(other, column, D, frame, OPERAND)
+        q = framed(own, column, D, own_frame, OPERAND)
+        k = framed(other, column, D, other_frame, OPERAND)
         total = tl.dot(q, tl.trans(k), total, input_precision="ieee")
     return total
 
@@ -131,9 +142,8 @@ def forward_kernel(
     SCORE: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, FINISH: tl.constexpr, SELF: tl.constexpr,
     OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = i < N
-    own = (x, i, here, i)
+    own = row_tile(tl.program_id(0), x, N, ROWS)
+    i, here = own[1], own[2]
     left = entries(vectors, i, here)
     if WHOLE:
         q = framed(own, tl.arange(0, DEPTH), D, frame, OPERAND)
@@ -145,7 +155,7 @@ def forward_kernel(
             k = framed(other, tl.arange(0, DEPTH), D, frame, OPERAND)
             product = tl.dot(q, tl.trans(k), input_precision="ieee")
         else:
-            product = products(own, other, D, frame, OPERAND, ROWS, COLUMNS, DEPTH)
+            product = products(own, other, D, frame, frame, OPERAND, ROWS, COLUMNS, DEPTH)
         same = i[:, None] == position[None, :]
         right = entries(vectors, position, there)
         score = SCORE(product, left, right, same, scale)
@@ -162,9 +172,8 @@ def backward_kernel(
     SCORE: tl.constexpr, WEIGHT: tl.constexpr, OPERAND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OUTPUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = i < N
-    own = (x, i, here, i)
+    own = row_tile(tl.program_id(0), x, N, ROWS)
+    i, here = own[1], own[2]
     left = entries(vectors, i, here)
     column = tl.program_id(1) * OUTPUT + tl.arange(0, OUTPUT)
     if WHOLE:
@@ -178,14 +187,14 @@ def backward_kernel(
         if WHOLE:
             product = tl.dot(q, tl.trans(k), input_precision="ieee")
         else:
-            product = products(own, other, D, frame, OPERAND, ROWS, COLUMNS, DEPTH)
+            product = products(own, other, D, frame, frame, OPERAND, ROWS, COLUMNS, DEPTH)
         same = i[:, None] == position[None, :]
         right = entries(vectors, position, there)
         weight = WEIGHT(SCORE(product, left, right, same, scale), left, right)
         # A row does not pull on itself. The mass is that of the rounded weights, so that a common shift cancels.
         counted = here[:, None] & there[None, :] & (i[:, None] != position[None, :])
         weight = tl.where(counted, weight, 0.0).to(OPERAND)
-        if frame[1] is None:
+        if frame[2] is None:
             mass += tl.sum(weight.to(tl.float32), axis=1)
         else:
             mass += tl.sum(weight.to(tl.float32) * product, axis=1)
@@ -193,34 +202,34 @@ def backward_kernel(
     if not WHOLE:
         q = framed(own, column, D, frame, OPERAND)
     each = tl.load(factor) + tl.zeros([ROWS], tl.float32)
-    if frame[1] is not None:
+    if frame[2] is not None:
         # The mass so far is q . total; what is left of the total is at right angles to the row.
         mass *= left[0] * left[0]
-        each *= left[0] * tl.load(frame[1] + i, mask=here, other=0.0)
+        each *= left[0] * tl.load(frame[2] + i, mask=here, other=0.0)
     value = each[:, None] * (mass[:, None] * q.to(tl.float32) - total)
     at = grad + i.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(at, value.to(grad.dtype.element_ty), mask=here[:, None] & (column < D)[None, :])
 
 
-Frame = tuple[Tensor | None, Tensor | None]
-"""(centre [D] or None, root [N + M] or None): what `framed` does to rows."""
+Frame = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(centre [D], share [rows], root [rows]), each or None: what `framed` does to rows."""
 
 
-def squared_norms(x: Tensor, bank: Tensor, frame: Frame) -> Tensor:
+def squared_norms(x: Tensor, bank: Tensor, frame: Frame, rounded_to: Any) -> Tensor:
     """[N + M] of the framed, rounded rows."""
     (N, D), M = x.shape, len(bank)
     norm = torch.empty(N + M, dtype=torch.float32, device=x.device)
     norm_kernel[(triton.cdiv(N, NORM.rows) + triton.cdiv(M, NORM.rows),)](
         rows.pair(x), rows.pair(bank), frame, norm, N, M, D,
-        OPERAND=operand(x.dtype), ROWS=NORM.rows, COLUMNS=NORM.columns, num_warps=NORM.warps,
+        OPERAND=rounded_to, ROWS=NORM.rows, COLUMNS=NORM.columns, num_warps=NORM.warps,
     )  # fmt: skip
     return norm
 
 
 def centred(x: Tensor, bank: Tensor) -> tuple[Frame, Tensor]:
     """The frame of distances, and the squared norms in it."""
-    frame = (x.mean(0, dtype=torch.float32), None)
-    return frame, squared_norms(x, bank, frame)
+    frame = (x.mean(0, dtype=torch.float32), None, None)
+    return frame, squared_norms(x, bank, frame, operand(x.dtype))
 
 
 def directions(x: Tensor, bank: Tensor) -> tuple[Frame, Tensor]:
@@ -228,11 +237,11 @@ def directions(x: Tensor, bank: Tensor) -> tuple[Frame, Tensor]:
 
     Roots are powers of two, which round nothing, and leave lengths between 1/2 and 1.
     """
-    length = squared_norms(x, bank, (None, None)).sqrt()
+    length = squared_norms(x, bank, (None, None, None), operand(x.dtype)).sqrt()
     mantissa, exponent = torch.frexp(length)
     directed = ~(length <= SMALLEST_NORM)  # a row of nan stays one
     root = torch.where(directed, torch.ldexp(torch.ones_like(length), -exponent), 0)
-    return (None, root), torch.where(directed, 1 / mantissa, 0)
+    return (None, None, root), torch.where(directed, 1 / mantissa, 0)
 
 
 def forward(

@@ -43,7 +43,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "product_of_gaussians": _on("cuda", most=(4, "factors")),
     "gaussian_divergence": _on("cuda"),
     "gaussian_overlap": _on("cuda"),
-    "posterior_mean": _on(),
+    "posterior_mean": _on("triton"),
     "posterior_draw": _on(),
     "knn_radius": _on("cuda", most=(32, "neighbours")),
     "ball_count": _on("cuda"),
