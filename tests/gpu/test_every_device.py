@@ -142,6 +142,11 @@ def gaussian_overlap(mean: Tensor, logvar: Tensor, other: Tensor) -> Tensor:
     return ops.gaussian_overlap_loss(mean, logvar, other, logvar, form="reciprocal", per_dim=True, pairs="all")
 
 
+def posterior_mean(x: Tensor, bank: Tensor, _: Tensor) -> Tensor:
+    level = torch.full((len(x),), 0.7, device=x.device)
+    return ops.posterior_mean(x, bank, level, level).square().mean()
+
+
 def knn_radius(x: Tensor, *_: Tensor) -> Tensor:
     return ops.knn_radius(x.detach(), 1)
 
@@ -160,6 +165,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "product_of_gaussians": product_of_gaussians,
     "gaussian_divergence": gaussian_divergence,
     "gaussian_overlap": gaussian_overlap,
+    "posterior_mean": posterior_mean,
     "knn_radius": knn_radius,
     "ball_count": ball_count,
 }
