@@ -81,6 +81,7 @@ inline int __syncthreads_or(int value) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return __builtin_clz(bits); }
 inline float __fdividef(float a, float b) { return a / b; }
 
 struct __nv_bfloat16 { uint16_t bits; };

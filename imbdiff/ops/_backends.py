@@ -44,7 +44,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "gaussian_divergence": _on("cuda"),
     "gaussian_overlap": _on("cuda"),
     "posterior_mean": _on("triton"),
-    "posterior_draw": _on(),
+    "posterior_draw": _on("cuda"),
     "knn_radius": _on("cuda", most=(32, "neighbours")),
     "ball_count": _on("cuda"),
 }

@@ -22,6 +22,7 @@ KERNELS = {
     "contrast": (24, 128),  # 6 of 3 dtypes, 6 of none
     "gaussian": (12, 128),  # values of 3 kinds, slopes of 3 kinds x 2 sides, 3 of none
     "neighbours": (3, 128),
+    "posterior": (2, 128),
     "product": (26, 96),  # forward and backward of 3 dtypes x 4 counts, 2 of none
     "two_branch": (35, 80),  # forward and backward of 3 dtypes x 5 counts, finish of 5 counts
 }

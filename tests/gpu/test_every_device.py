@@ -156,6 +156,11 @@ def ball_count(points: Tensor, centers: Tensor, _: Tensor) -> Tensor:
     return torch.cat(ops.ball_count(points.detach(), centers, radii))
 
 
+def posterior_draw(x: Tensor, bank: Tensor, _: Tensor) -> Tensor:
+    signal, own = torch.full((len(x),), 0.1, device=x.device), torch.arange(len(x), device=x.device)
+    return ops.posterior_draw(x, bank, signal, 1 - signal, own / len(x), own=own, gate="full")
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "two_branch": two_branch,
     "negative_distance": negative_distance,
@@ -168,6 +173,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "posterior_mean": posterior_mean,
     "knn_radius": knn_radius,
     "ball_count": ball_count,
+    "posterior_draw": posterior_draw,
 }
 
 
