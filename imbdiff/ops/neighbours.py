@@ -21,6 +21,7 @@ def knn_radius(x: Tensor, k: int, *, squared: bool = False) -> Tensor:
         x: [N, ...] finite features, float32, float64, bfloat16 or float16; flattened to rows of D. A constant.
         k: 1 <= k < N. A copy of a row is another row, at distance 0.
         squared: leave out the square root. `ball_count` takes squared radii: a root that is squared again moves ties.
+            A square that the type of the result does not hold is inf or 0, where its root may still be held.
 
     Returns:
         [N] float32 (float64 for float64).
@@ -51,7 +52,9 @@ def ball_count(points: Tensor, centers: Tensor, squared_radii: Tensor) -> tuple[
     Args:
         points: [N, ...] finite features, float32, float64, bfloat16 or float16.
         centers: [M, ...] with points' row shape and dtype.
-        squared_radii: [M], as `knn_radius(centers, k, squared=True)` gives them.
+        squared_radii: [M], as `knn_radius(centers, k, squared=True)` gives them. They overflow where float32
+            rows are 2e19 apart and vanish where they are 2e-23 apart, and so do distances, of which inf is then not
+            inside inf, nor 0 inside 0: scale such rows first.
 
     Returns:
         [N] and [M] int64. No gradient.

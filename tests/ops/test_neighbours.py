@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imbdiff import ops
-from imbdiff.ops import _backends
+
+from .rules import back_ends
 
 F64 = torch.float64
 
@@ -110,17 +111,24 @@ def test_blocks_of_every_size(n):
         assert torch.equal(got, count)
 
 
-@pytest.mark.skipif("cpu" in _backends.PROBLEMS, reason="no compiled CPU library")
-@pytest.mark.parametrize("scale", [1e19, 1e-22, 0.0])
-def test_squares_that_float32_does_not_hold(scale):
-    """What overflows or vanishes while rows are screened is decided by differences in float64 all the same."""
+@pytest.mark.parametrize("backend", back_ends("knn_radius", "cpu"))
+@pytest.mark.parametrize("scale", [1e25, 1e19, 1e-22, 1e-25, 0.0])
+def test_squares_that_float32_does_not_hold(scale, backend):
+    """What overflows or vanishes while rows are screened is decided by differences in float64 all the same.
+
+    At the outermost scales radii are inf or 0, and of other rows none is inside: what rounds to the radius is a tie.
+    """
     x = (rows(300, 5, 5) * scale).float()
     pairs = (x.double()[:, None] - x.double()).square().sum(2)
-    with ops.use("cpu"):
-        radius = ops.knn_radius(x, 4, squared=True)
+    with ops.use(backend):
+        radius, root = (ops.knn_radius(x, 4, squared=squared) for squared in (True, False))
         balls, inhabitants = ops.ball_count(x, x, radius)
     others = pairs.masked_fill(torch.eye(len(x), dtype=torch.bool), torch.inf)
-    assert torch.equal(radius, others.sort(1).values[:, 3].float())
+    fourth = others.sort(1).values[:, 3]
+    assert torch.equal(radius, fourth.float())
+    torch.testing.assert_close(root.double(), fourth.sqrt(), rtol=1e-7, atol=0)
+    if scale in (1e25, 1e-25):
+        assert torch.equal(balls, (pairs.diagonal() < radius).long())
     inside = pairs.float() < radius
     assert torch.equal(balls, inside.sum(1))
     assert torch.equal(inhabitants, inside.sum(0))

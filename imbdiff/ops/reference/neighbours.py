@@ -58,10 +58,11 @@ def ball_count(points: Tensor, centers: Tensor, squared_radii: Tensor) -> tuple[
     balls, inhabitants = (x.new_zeros(len(x), dtype=torch.int64) for x in (points, centers))
     if len(centers) == 0:
         return balls, inhabitants
-    radii = squared_radii.to(acc)
+    radii, of_acc = squared_radii.to(acc), torch.finfo(acc)
+    rounding = of_acc.eps * radii.double().clamp_min(of_acc.tiny)  # subnormal numbers lie equally far apart
     for rows, distance, error in _screen(points, centers):
         inside = distance < radii
-        close = (distance - radii).abs() <= error + torch.finfo(acc).eps * radii
+        close = (distance - radii).abs() <= error + rounding
         for r, c in zip(*(index.split(_CHUNK) for index in close.nonzero(as_tuple=True)), strict=True):
             inside[r, c] = _direct(points[rows][r], centers[c]).to(acc) < radii[c]
         balls[rows] = inside.sum(1)
