@@ -107,3 +107,25 @@ def test_a_sparse_selection_is_the_dense_one_masked():
     torch.testing.assert_close(loss.double(), dense.detach(), rtol=1e-6, atol=1e-4)
     for a, b in zip(got, torch.autograd.grad(dense, y), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_the_hinge_where_pairs_are_nearly_equal(kind):
+    """Element by element, far from the origin; products of rows would lose 1e-6 of differences of 1e-4."""
+    offset = torch.full((200,), 100 / 200**0.5)
+    q, k = torch.randn(60, 200) + offset, torch.randn(60, 200) / 4
+    p, l = q * (1 + 1e-5 * torch.randn(60, 200)), k + 1e-5 * torch.randn(60, 200)
+    margin = 0.1
+    want = exact(p, l, q, k, kind=kind)
+    assert torch.equal(want < margin, torch.eye(60, dtype=torch.bool))
+
+    def gradients(dtype):
+        x = [v.to(dtype).requires_grad_() for v in (p, l, q, k)]
+        loss = ops.gaussian_overlap_loss(*x, kind=kind, margin=margin, pairs="all", reduction="sum")
+        return torch.autograd.grad(loss, x)
+
+    with ops.use("reference"):
+        exactly = gradients(torch.float64)
+    for got, want in zip(gradients(torch.float32), exactly, strict=True):
+        # A derivative e^x - 1 of nearly equal variances is known to a rounding of 1.
+        assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 6e-8).all()
