@@ -129,9 +129,9 @@ def norm_kernel(
     x, bank, frame, norm, N, M, D, OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     some = partner_tile(tl.program_id(0), x, bank, N, M, ROWS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], norm.dtype.element_ty)
     for start in range(0, D, COLUMNS):
-        value = framed(some, start + tl.arange(0, COLUMNS), D, frame, OPERAND).to(tl.float32)
+        value = framed(some, start + tl.arange(0, COLUMNS), D, frame, OPERAND).to(norm.dtype.element_ty)
         total += value * value
     tl.store(norm + some[3], tl.sum(total, axis=1), mask=some[2])
 
@@ -215,10 +215,10 @@ Frame = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(centre [D], share [rows], root [rows]), each or None: what `framed` does to rows."""
 
 
-def squared_norms(x: Tensor, bank: Tensor, frame: Frame, rounded_to: Any) -> Tensor:
-    """[N + M] of the framed, rounded rows."""
+def squared_norms(x: Tensor, bank: Tensor, frame: Frame, rounded_to: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[N + M] of the framed, rounded rows, summed in this dtype."""
     (N, D), M = x.shape, len(bank)
-    norm = torch.empty(N + M, dtype=torch.float32, device=x.device)
+    norm = torch.empty(N + M, dtype=dtype, device=x.device)
     norm_kernel[(triton.cdiv(N, NORM.rows) + triton.cdiv(M, NORM.rows),)](
         rows.pair(x), rows.pair(bank), frame, norm, N, M, D,
         OPERAND=rounded_to, ROWS=NORM.rows, COLUMNS=NORM.columns, num_warps=NORM.warps,
@@ -237,7 +237,8 @@ def directions(x: Tensor, bank: Tensor) -> tuple[Frame, Tensor]:
 
     Roots are powers of two, which round nothing, and leave lengths between 1/2 and 1.
     """
-    length = squared_norms(x, bank, (None, None, None), operand(x.dtype)).sqrt()
+    # In float64, where the squares of float32 rows do not overflow.
+    length = squared_norms(x, bank, (None, None, None), operand(x.dtype), torch.float64).sqrt().float()
     mantissa, exponent = torch.frexp(length)
     directed = ~(length <= SMALLEST_NORM)  # a row of nan stays one
     root = torch.where(directed, torch.ldexp(torch.ones_like(length), -exponent), 0)

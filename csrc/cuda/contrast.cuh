@@ -18,7 +18,7 @@ struct Scratch {
       return at;
     };
     const bool measures = p.cosine() && !(split_k && backward);
-    norms = take(measures, p.norm_split().parts * p.columns());
+    norms = take(measures, 2 * p.norm_split().parts * p.columns());
     lengths = take(p.cosine() && !split_k, p.columns());
     sums = take(!backward, p.N);
     positives = take(p.labels.data, p.N);

@@ -5,27 +5,36 @@
 
 namespace imbdiff::contrast {
 
+constexpr float kShrunk = 0x1p-90f;  // times any float, its square does not overflow
+
+// Squared norms, and those of shrunk rows for where the former overflow: two rows of N + M for each part.
 template <class T> __global__ void __launch_bounds__(kThreads) norms_kernel(Problem<T> p, Split split, float* partial) {
-  __shared__ Sum<1> shared[kWarps];
+  __shared__ Sum<2> shared[kWarps];
   const int64_t j = blockIdx.x % p.columns(), part = blockIdx.x / p.columns();
   const int64_t begin = part * split.span, end = begin + split.span < p.D ? begin + split.span : p.D;
-  Sum<1> sum{};
+  Sum<2> sum{};
   for (int64_t d = begin + threadIdx.x * 4; d < end; d += kThreads * 4) {
     float values[4];
     load(p.data(j) + d, end - d, values);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sum.v[0] = fmaf(values[e], values[e], sum.v[0]);
+    for (int e = 0; e < 4; ++e) {
+      const float shrunk = kShrunk * values[e];
+      sum.v[0] = fmaf(values[e], values[e], sum.v[0]);
+      sum.v[1] = fmaf(shrunk, shrunk, sum.v[1]);
+    }
   }
   sum = block_reduce(sum, shared);
-  if (threadIdx.x == 0) partial[part * p.columns() + j] = sum.v[0];
+  if (threadIdx.x == 0)
+    for (int k = 0; k < 2; ++k) partial[(2 * part + k) * p.columns() + j] = sum.v[k];
 }
 
 __global__ void __launch_bounds__(kThreads) lengths_kernel(const float* partial, int64_t parts, int64_t rows, float* lengths) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= rows) return;
-  float sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += partial[part * rows + j];
-  const float length = sqrtf(sum);
+  float sum[2] = {};
+  for (int64_t part = 0; part < parts; ++part)
+    for (int k = 0; k < 2; ++k) sum[k] += partial[(2 * part + k) * rows + j];
+  const float length = sum[0] == INFINITY ? sqrtf(sum[1]) / kShrunk : sqrtf(sum[0]);
   lengths[j] = length <= kSmallestNorm ? 0.f : length;
 }
 

@@ -292,6 +292,23 @@ def test_cosines_golden_values_and_limits(kernels: ctypes.CDLL, split_k: bool) -
 
 
 @PLANS
+@pytest.mark.parametrize("loss", [COSINE, SUPCON])
+@pytest.mark.parametrize("length", [1e-30, 1e25, 1e30])
+def test_squares_that_float32_does_not_hold(kernels: ctypes.CDLL, loss: int, length: float, split_k: bool) -> None:
+    x, none, labels, tau = rows((6, 1100), torch.float32, 1), Buffer((0, 1100)), torch.tensor([0, 0, 1, 1, 0, 1]), 0.3
+    x.view[1], x.view[3] = 2 * x.view[0], -x.view[2]  # one direction, opposite ones
+    x.view[4] *= length / x.view[4].norm()
+    got, lse, grad = run(kernels, loss, x, none, split_k, 0.5 / tau, labels=labels if loss == SUPCON else None)
+    leaf = x.view.double().requires_grad_()
+    cosines = (leaf, none.view.double(), None, tau, False)
+    want, want_lse = supcon(leaf, labels, None, tau) if loss == SUPCON else cosine_contrastive(*cosines)
+    close(got, want.detach(), most=6e-6)
+    close(lse, want_lse.detach(), most=3e-6)
+    size = leaf.detach().norm(dim=1, keepdim=True)
+    close((grad * size).float(), torch.autograd.grad(want, leaf)[0] * size, most=4e-6)
+
+
+@PLANS
 @pytest.mark.parametrize("loss", [DISTANCE, COSINE, SUPCON])
 def test_same_bits_every_time(kernels: ctypes.CDLL, split_k: bool, loss: int) -> None:
     """Whatever the threads' order, which is the machine's choice."""

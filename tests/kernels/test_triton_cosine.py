@@ -113,7 +113,7 @@ def test_what_is_far_below_the_self_term_keeps_its_digits(dtype):
 def test_rows_of_any_length(op, close):
     x = drawn(24, 40, torch.float64, 2)
     other = (drawn(3, 40, torch.float32, 3), NONE, 0.2, True) if op == "cosine_contrastive" else (LABELS, NONE, 0.2)
-    for low, high, dtype, eps in [(-8, 8, torch.float32, 1e-5), (-3, 3, torch.float16, 3e-3)]:
+    for low, high, dtype, eps in [(-8, 25, torch.float32, 1e-5), (-3, 3, torch.float16, 3e-3)]:
         rows = (x * torch.logspace(low, high, 24, dtype=torch.float64)[:, None]).to(dtype)
         rest = (other[0].to(dtype) if op == "cosine_contrastive" else other[0], *other[1:])
         length = rows.double().norm(dim=1, keepdim=True)

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from imbdiff import ops
+from imbdiff.ops._op import call
+
+from .rules import back_ends
 
 F64 = torch.float64
+BACKENDS = back_ends("cosine_contrastive", "cpu")
 
 
 def mu():
@@ -153,15 +157,59 @@ def test_nearly_equal_rows_and_a_common_offset():
         assert abs(ops.distance_hinge_loss(x, margin=600.0).double() - near) < 1e-5 * (1 + near)
 
 
-def test_rows_without_direction_have_no_gradient():
-    x = torch.randn(4, 5, dtype=F64)
-    x[1] = 0
-    x.requires_grad_()
-    for loss in (ops.cosine_contrastive_loss(x), ops.supcon_loss(x, torch.tensor([0, 0, 1, 1]))):
-        (grad,) = torch.autograd.grad(loss, x)
-        assert grad.isfinite().all()
-        assert not grad[1].any()
-        assert grad[0].any()
+def edge_rows(odd, N, D, dtype):
+    """Row 4 is an odd one; rows 0 and 1 have one direction, rows 2 and 3 opposite ones; lengths as they come."""
+    x = torch.randn(N, D, dtype=F64)
+    x[1], x[3] = 2 * x[0], -3 * x[2]
+    x[4] *= odd if odd != odd else odd / x[4].norm()
+    return x.to(dtype)
+
+
+PLANS = pytest.mark.parametrize("split_k", [False, True], ids=["stream", "split"])
+SHAPES = pytest.mark.parametrize(("N", "D"), [(8, 5), (70, 1100)])
+LOSSES = pytest.mark.parametrize("loss", ["cosine", "others", "supcon"])
+
+
+def value_and_gradient(loss, backend, x, split_k):
+    x = x.clone().requires_grad_()
+    weight = torch.linspace(0.1, 1, len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    if loss == "supcon":
+        value = call("supcon", backend, x, torch.arange(len(x)) // 2 % 3, weight, 0.3, split_k)[0]
+    else:
+        negatives = 8 * x[3:6].detach().flip(0)
+        value = call("cosine_contrastive", backend, x, negatives, weight, 0.3, loss == "cosine", split_k)[0]
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 1e-30, 2e-12, 1e-8, 1e25, 1e30])
+@LOSSES
+@SHAPES
+@PLANS
+def test_a_row_of_any_length(backend, dtype, length, loss, N, D, split_k):
+    """Its square may be beyond float32; up to 1e-12 it has no direction, hence cosine 0 and no gradient."""
+    x = edge_rows(length, N, D, dtype)
+    exact, want = value_and_gradient(loss, "reference", x.double(), split_k)
+    got, grad = value_and_gradient(loss, backend, x, split_k)
+    assert abs(got - exact) <= 2e-6 * (1 + exact)
+    # A gradient goes with the inverse of its row's length.
+    size = x.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    error, most = ((grad.double() - want) * size).abs(), (want * size).abs().max()
+    assert grad.isfinite().all()
+    assert error.max() <= (5e-6 if dtype == torch.float32 else 2e-2) * most
+    assert bool(grad[4].any()) == (length > 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@LOSSES
+@SHAPES
+@PLANS
+def test_a_row_of_nan_reaches_all(backend, loss, N, D, split_k):
+    x = edge_rows(math.nan, N, D, torch.float32)
+    value, grad = value_and_gradient(loss, backend, x, split_k)
+    assert value.isnan()
+    assert grad.isnan().all()
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -188,12 +236,10 @@ def test_no_valid_anchor_is_zero_with_zero_gradient():
     assert not x.grad.any()
 
 
-def test_nan_in_nan_out():
+def test_a_hinge_of_nan_is_nan():
     x = torch.randn(5, 4)
     x[2, 1] = torch.nan
-    labels = torch.zeros(5, dtype=torch.int64)
-    for loss in (ops.cosine_contrastive_loss(x), ops.supcon_loss(x, labels), ops.distance_hinge_loss(x, margin=1.0)):
-        assert loss.isnan()
+    assert ops.distance_hinge_loss(x, margin=1.0).isnan()
 
 
 x, label = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)

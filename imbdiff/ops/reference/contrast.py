@@ -120,7 +120,8 @@ def _cosine_logits(rows: Tensor, negatives: Tensor, tau: float) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     """h / |h|; a row without a direction is 0 and has no gradient."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    # In float64, where the squares of float32 rows do not overflow.
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
     directed = ~(norm <= SMALLEST_NORM)  # a row of nan stays one
     return torch.where(directed, rows, 0) / torch.where(directed, norm, 1)
 
