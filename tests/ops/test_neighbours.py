@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imbdiff import ops
+from imbdiff.ops import _backends
 
 from .rules import back_ends
 
