@@ -11,7 +11,7 @@ template <class F> void typed(int dtype, const F& f) {
 }
 
 #ifdef RACES
-inline std::vector<void (*)()> races;  // each runs every kernel of its family
+inline std::vector<void (*)()> races;  // of each driver in turn: runs every kernel of its family
 struct Race {
   explicit Race(void (*run)()) { races.push_back(run); }
 };

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .emulated import DTYPES, Buffer, close, needs_compiler, pointers, rows
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("emulated_contrast")]
 
 DISTANCE, HINGE, COSINE, SUPCON = range(4)
 PLANS = pytest.mark.parametrize("split_k", [False, True], ids=["streaming", "split"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .emulated import DTYPES, Buffer, close, needs_compiler, pointers, rows
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("emulated_gaussian")]
 
 KINDS = ("kl", "jeffreys", "bhattacharyya")
 HINGE, RECIPROCAL = 0, 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .emulated import DTYPES, Buffer, needs_compiler, rows
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("emulated_neighbours")]
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

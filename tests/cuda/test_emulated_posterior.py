@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .emulated import DTYPES, Buffer, needs_compiler, pointers, rows
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("emulated_posterior")]
 
 FULL, T2H, H2T = range(3)
 

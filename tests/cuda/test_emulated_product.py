@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .emulated import DTYPES, Buffer, close, needs_compiler, pointers, rows
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("emulated_product")]
 
 
 def run(
