@@ -154,6 +154,13 @@ def _distance_condition(args: tuple[Any, ...]) -> float:
     return 8 * scale * float((x - x.mean(0)).square().sum(1).max()) if x.numel() else 0.0
 
 
+def _hinge_condition(args: tuple[Any, ...]) -> float:
+    """What a distance loses, the margin less the distance loses too, and it may be a hundredth of it."""
+    x, margin, scale = args[0].double(), *args[1:3]
+    short = margin - scale * float(torch.pdist(x).square().min()) if len(x) > 1 else 0.0
+    return _distance_condition(args) / (min(short, 1.0) if short > 0 else 1.0)
+
+
 def _sums(args: tuple[Any, ...]) -> float:
     """Sums of D terms in another order."""
     return 4.0
@@ -210,7 +217,7 @@ CASES += [
         _hinge(N, D, layout, margin, plan == "split"),
         first(1),
         1,
-        _distance_condition,
+        _hinge_condition,
         rounds_rows=True,
     )
     for plan in PLANS
