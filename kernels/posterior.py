@@ -42,23 +42,11 @@ def weights(
     x, grad, bank, frames, x_facts, bank_facts, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
     """w and h of tiles; x_facts = (scale, signal, largest l, log of the sum of the others to it, ...)."""
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    h = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        b = tl.trans(engine.framed(bank, column, D, frames[1], tl.float32))
-        a = engine.framed(x, column, D, frames[0], tl.float32)
-        g = engine.framed(grad, column, D, frames[2], tl.float32)
-        product = tl.dot(a, b, product, input_precision="ieee")
-        h = tl.dot(g, b, h, input_precision="ieee")
+    product, h = engine.two_products(
+        x, grad, bank, D, frames[0], frames[2], frames[1], tl.float32, ROWS, COLUMNS, DEPTH
+    )  # fmt: skip
     w = tl.exp(logits(product, x_facts, bank_facts) - x_facts[2][:, None] - x_facts[3][:, None])
     return tl.where(x[2][:, None] & bank[2][None, :], w, 0.0), h
-
-
-@triton.jit
-def gather(total, weight, other, frame, column, D):
-    """total + weight rows"""
-    return tl.dot(weight, engine.framed(other, column, D, frame, tl.float32), total, input_precision="ieee")
 
 
 @triton.jit
@@ -87,7 +75,7 @@ def mean_kernel(
         base = tl.where(best == float("-inf"), 0.0, best)  # nothing seen yet: keep inf - inf out
         weight, shrink = tl.exp(l - base[:, None]), tl.exp(top - base)
         mass = mass * shrink + tl.sum(weight, axis=1)
-        total = gather(total * shrink[:, None], weight, other, frames[1], column, D)
+        total = engine.gather(total * shrink[:, None], weight, other, frames[1], column, D)
         top = best
     centre = tl.load(frames[1][0] + column, mask=column < D, other=0.0)
     store(out, own, column, D, centre[None, :] + total / mass[:, None])
@@ -131,7 +119,7 @@ def of_x_kernel(
         other = engine.row_tile(tile, bank, N, COLUMNS)
         bank_facts = engine.entries(bank_vectors, other[3], other[2])
         w, h = weights(own, own_grad, other, frames, x_facts, bank_facts, D, ROWS, COLUMNS, DEPTH)
-        total = gather(total, w * (h - x_facts[4][:, None]), other, frames[1], column, D)
+        total = engine.gather(total, w * (h - x_facts[4][:, None]), other, frames[1], column, D)
     store(out, own, column, D, x_facts[0][:, None] * total)
 
 
@@ -152,8 +140,8 @@ def of_bank_kernel(
         w, h = weights(other, other_grad, own, frames, x_facts, bank_facts, D, ROWS, COLUMNS, DEPTH)
         pull = x_facts[0][:, None] * w * (h - x_facts[4][:, None])
         mass += tl.sum(pull * x_facts[1][:, None], axis=0)
-        total = gather(total, tl.trans(w), other_grad, frames[2], column, D)
-        total = gather(total, tl.trans(pull), other, frames[0], column, D)
+        total = engine.gather(total, tl.trans(w), other_grad, frames[2], column, D)
+        total = engine.gather(total, tl.trans(pull), other, frames[0], column, D)
     store(out, own, column, D, total - mass[:, None] * engine.framed(own, column, D, frames[1], tl.float32))
 
 
