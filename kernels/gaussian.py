@@ -244,8 +244,9 @@ def gaussian_divergence(mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar
 
 
 def gaussian_divergence_bwd(
-    grad: Tensor, mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+    grad: Tensor, mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int, out: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     arguments = (mean_p, logvar_p, mean_q, logvar_q)
     means = (mean_p, mean_p, mean_q, mean_q)
     to = [x.new_empty(m.shape) if need else None for x, m, need in zip(arguments, means, needs, strict=True)]

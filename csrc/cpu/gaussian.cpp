@@ -143,16 +143,16 @@ struct Gradients {
 };
 
 Four gaussian_divergence_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q,
-                             const Tensor& logvar_q, int64_t kind, const std::vector<bool>& needs) {
+                             const Tensor& logvar_q, int64_t kind, const Tensor& out, const std::vector<bool>& needs) {
   const char* const op = "gaussian_divergence";
   const int64_t L = mean_p.size(0), N = mean_p.size(1), M = mean_q.size(1);
   Gradients gradients(mean_p, logvar_p, mean_q, logvar_q, needs);
   if (N == 0 || M == 0) return gradients.all();
   by_dtype(op, mean_p, [&](auto element) {
     const auto run = IMBDIFF_BY_ISA(divergence_bwd<decltype(element)>);
+    const auto matrix = [&](const Tensor& x, int64_t b) { return static_cast<const char*>(x.const_data_ptr()) + b * N * M * x.element_size(); };
     for (int64_t b = 0; b < L; ++b)
-      run({set_of(op, mean_p, logvar_p, b), set_of(op, mean_q, logvar_q, b), kind},
-          static_cast<const char*>(grad.const_data_ptr()) + b * N * M * grad.element_size(), gradients.at(b));
+      run({set_of(op, mean_p, logvar_p, b), set_of(op, mean_q, logvar_q, b), kind}, matrix(grad, b), matrix(out, b), gradients.at(b));
   });
   return gradients.all();
 }

@@ -155,7 +155,7 @@ Tensor gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_divergence_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p,
                                                                    const Tensor& mean_q, const Tensor& logvar_q, int64_t kind,
-                                                                   const std::vector<bool>& needs) {
+                                                                   const Tensor&, const std::vector<bool>& needs) {
   const torch::stable::accelerator::DeviceGuard guard(mean_p.get_device_index());
   const Problem p = problem(mean_p, logvar_p, mean_q, logvar_q);
   const Four gradients({mean_p, logvar_p, mean_q, logvar_q}, needs, false);

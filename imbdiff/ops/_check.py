@@ -84,9 +84,20 @@ def choice(op: str, name: str, value: str, names: Sequence[str]) -> int:
 
 def values(op: str, name: str, value: Tensor, allowed: Callable[[Tensor], Tensor], symbols: str) -> Tensor:
     """Refuses values on the CPU only: elsewhere, and while compiling, looking at them would wait for the device."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((good := allowed(value)).all()):
+    if _looked_at(value) and not bool((good := allowed(value)).all()):
         raise ValueError(f"{op}: {name} must be {symbols}, got {value[~good][0].item():g} in {describe(value)}")
     return value
+
+
+def finite(op: str, name: str, value: Tensor) -> Tensor:
+    """By the extremes, which are not finite where any value is not: a mask of all would be large and slow."""
+    if _looked_at(value) and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+        values(op, name, value, torch.isfinite, "finite")
+    return value
+
+
+def _looked_at(value: Tensor) -> bool:
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def row_weight(op: str, weight: Tensor | None, x: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ SCHEMAS = {
     ),
     "gaussian_divergence": "(Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind) -> Tensor",
     "gaussian_divergence_bwd": (
-        "(Tensor grad, Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind, bool[] needs)"
+        "(Tensor grad, Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind, Tensor out,"
+        " bool[] needs)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "gaussian_overlap": (

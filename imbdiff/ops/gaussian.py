@@ -218,7 +218,7 @@ def _backward(
     (grad,), four = grads, list(needs[:4])
     if grad is None:
         return [None] * 4
-    return wanted(bwd(grad.contiguous(), *inputs, four), four)
+    return wanted(bwd(grad.contiguous(), *inputs, *saved, four), four)
 
 
 def _overlap_backward(
@@ -243,6 +243,7 @@ register(
         "gaussian",
         reference.gaussian_divergence,
         _fake_divergence,
+        keeps_all=True,
         reference_bwd=reference.gaussian_divergence_bwd,
         fake_bwd=_fake_bwd,
         backward=_backward,

@@ -82,7 +82,7 @@ def ball_count(points: Tensor, centers: Tensor, squared_radii: Tensor) -> tuple[
 
 def _features(op: str, name: str, x: Tensor) -> None:
     _check.tensor(op, name, x, symbols="[N, ...]")
-    _check.values(op, name, x, torch.isfinite, "finite")
+    _check.finite(op, name, x)
 
 
 def _fake_radius(backend: str, x: Tensor, k: int, squared: bool) -> Tensor:

@@ -71,10 +71,11 @@ def launches(torch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         saved = (torch.zeros_like(args[0]), torch.zeros(2, 256), [True, True])
         yield f"posterior_mean {dtype}", lambda a=args, k=saved: posterior.posterior_mean_bwd(k[0], *a, *k)
     gaussian, all_of = importlib.import_module("imbdiff.kernels.gaussian"), [True] * 4
+    matrix = torch.zeros(1, 256, 256)
     for dtype, kind, form in [(low, 0, 0), (half, 2, 1), (full, 0, 1), (full, 1, 0), (full, 2, 0)]:
         four, name = [x[None].to(dtype)] * 4, f"gaussian {dtype} kind={kind}"
         yield name, lambda a=four, k=kind: gaussian.gaussian_divergence(*a, k)
-        yield name, lambda a=four, k=kind: gaussian.gaussian_divergence_bwd(torch.zeros(1, 256, 256), *a, k, all_of)
+        yield name, lambda a=four, k=kind: gaussian.gaussian_divergence_bwd(matrix, *a, k, matrix, all_of)
         mask, pairs = (torch.ones(256, 256, dtype=torch.bool), 0) if kind == 1 else (none.bool(), 1)
         extra = (labels, labels, mask, ones, kind, form, 1.0, 1.0, pairs, True, True, all_of)
         yield name, lambda a=four, e=extra: gaussian.gaussian_overlap(*(v[0] for v in a), *e)

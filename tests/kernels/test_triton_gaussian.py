@@ -44,7 +44,7 @@ def compare_matrix(close: Any, four: list[Tensor], kind: int) -> None:
     g = torch.Generator().manual_seed(1)
     got = gaussian.gaussian_divergence(*four, kind)
     grad = torch.randn(got.shape, generator=g)
-    of_four = gaussian.gaussian_divergence_bwd(grad, *four, kind, NEEDS)
+    of_four = gaussian.gaussian_divergence_bwd(grad, *four, kind, got, NEEDS)
     found = []
     for dtype in (torch.float64, torch.float32):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in four]
@@ -186,10 +186,14 @@ def test_every_subset_of_needs(kind):
     four = problem(1, 3, 4, 5, torch.float32, (True, False))
     grad, flat = torch.randn(1, 3, 4), [x[0] for x in four]
     rest = (*[NONE.long()] * 2, NONE.bool(), NONE, kind, 1, 0.0, 1.0, 0, True, False)
-    whole = gaussian.gaussian_divergence_bwd(grad, *four, kind, NEEDS), gaussian.gaussian_overlap(*flat, *rest, NEEDS)
+    out = gaussian.gaussian_divergence(*four, kind)
+    whole = (
+        gaussian.gaussian_divergence_bwd(grad, *four, kind, out, NEEDS),
+        gaussian.gaussian_overlap(*flat, *rest, NEEDS),
+    )
     for which in range(4):
         needs = [which == i for i in range(4)]
-        of_matrix = gaussian.gaussian_divergence_bwd(grad, *four, kind, needs)
+        of_matrix = gaussian.gaussian_divergence_bwd(grad, *four, kind, out, needs)
         of_loss = gaussian.gaussian_overlap(*flat, *rest, needs)[2:]
         for got, want in zip((*of_matrix, *of_loss), (*whole[0], *whole[1][2:]), strict=True):
             assert got.shape == (0,) or torch.equal(got, want)
@@ -217,7 +221,7 @@ def test_empty():
         got = gaussian.gaussian_divergence(*four, 0)
         assert got.shape == (L, N, M)
         assert (got == 0).all()
-        of_four = gaussian.gaussian_divergence_bwd(torch.ones(L, N, M), *four, 0, NEEDS)
+        of_four = gaussian.gaussian_divergence_bwd(torch.ones(L, N, M), *four, 0, got, NEEDS)
         assert [x.shape for x in of_four] == [x.shape for x in four]
         assert all((x == 0).all() for x in of_four)
         if L:

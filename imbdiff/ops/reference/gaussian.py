@@ -74,6 +74,7 @@ def gaussian_divergence_bwd(
     mean_q: Tensor,
     logvar_q: Tensor,
     kind: int,
+    out: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     (L, N, D), M = mean_p.shape, mean_q.shape[1]
