@@ -5,6 +5,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -48,12 +51,42 @@ struct Arguments {
   int64_t weight_bytes(int64_t count) const { return (bank.size(0) + 1) * padded(count) * signal.element_size(); }
 };
 
+// Rows from the least noisy to the noisiest. Those of little noise have few weights: side by side they are left out of products
+// together.
+std::vector<int64_t> by_noise(const Tensor& signal, const Tensor& sigma) {
+  const auto at = [](const Tensor& t, int64_t i) {
+    return t.element_size() == 8 ? static_cast<const double*>(t.const_data_ptr())[i] : static_cast<const float*>(t.const_data_ptr())[i];
+  };
+  std::vector<double> noise(signal.size(0));
+  for (size_t i = 0; i < noise.size(); ++i) {
+    const double given = at(sigma, i) / at(signal, i);
+    noise[i] = std::isnan(given) ? HUGE_VAL : given;
+  }
+  std::vector<int64_t> order(noise.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return noise[a] < noise[b]; });
+  return order;
+}
+// Row order[i] as row i, or back: row i as row order[i].
+Tensor ordered(const Tensor& t, const std::vector<int64_t>& order, bool back = false) {
+  std::vector<int64_t> sizes(1, t.size(0));
+  if (t.dim() == 2) sizes.push_back(t.size(1));
+  Tensor out = torch::stable::new_empty(t, sizes);
+  const int64_t size = t.element_size(), length = size * (t.dim() == 2 ? t.size(1) : 1);
+  const char* const from = static_cast<const char*>(t.const_data_ptr());
+  char* const to = static_cast<char*>(out.mutable_data_ptr());
+  for (size_t i = 0; i < order.size() && length; ++i)
+    std::memcpy(to + (back ? order[i] : i) * length, from + (back ? i : order[i]) * t.stride(0) * size, length);
+  return out;
+}
+
 char* row(Tensor& t, int64_t i) { return t.numel() ? static_cast<char*>(t.mutable_data_ptr()) + i * t.size(1) * t.element_size() : nullptr; }
 const char* row(const Tensor& t, int64_t i) { return static_cast<const char*>(t.const_data_ptr()) + i * t.size(1) * t.element_size(); }
 
 std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& bank, const Tensor& signal, const Tensor& sigma,
                                           const Tensor& log_prior) {
-  const Arguments given{x, bank, signal, sigma, log_prior};
+  const std::vector<int64_t> order = by_noise(signal, sigma);
+  const Arguments given{ordered(x, order), bank, ordered(signal, order), ordered(sigma, order), log_prior};
   const int64_t B = x.size(0), at_once = keeps(x) ? std::max<int64_t>(B, 1) : kAtOnce;
   Tensor out = torch::stable::new_empty(x, {B, x.size(1)});
   Tensor saved = torch::stable::new_empty(x, {keeps(x) ? bank.size(0) + 1 : 0, padded(B)}, accumulator(x));
@@ -64,13 +97,15 @@ std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& bank, c
       run(p, keeps(x) ? saved.mutable_data_ptr() : memory.data, row(out, first));
     });
   });
-  return {out, saved};
+  return {ordered(out, order, true), saved};
 }
 
 std::tuple<Tensor, Tensor> posterior_mean_bwd(const Tensor& grad, const Tensor& x, const Tensor& bank, const Tensor& signal,
                                               const Tensor& sigma, const Tensor& log_prior, const Tensor& out, const Tensor& saved,
                                               std::vector<bool> needs) {
-  const Arguments given{x, bank, signal, sigma, log_prior};
+  const std::vector<int64_t> order = by_noise(signal, sigma);
+  const Arguments given{ordered(x, order), bank, ordered(signal, order), ordered(sigma, order), log_prior};
+  const Tensor slopes = ordered(grad, order), means = ordered(out, order);
   // The gradient of the bank is a sum over all rows of x.
   const int64_t B = x.size(0), at_once = keeps(x) || needs[1] ? std::max<int64_t>(B, 1) : kAtOnce;
   const auto like = [&](const Tensor& t, bool wanted) {
@@ -82,11 +117,11 @@ std::tuple<Tensor, Tensor> posterior_mean_bwd(const Tensor& grad, const Tensor& 
   by_dtype("posterior_mean", x, [&](auto element) {
     const auto run = IMBDIFF_BY_ISA(mean_backward<decltype(element)>);
     given.in_turn(at_once, [&](const Problem& p, int64_t first) {
-      run(p, row(grad, first), row(out, first), keeps(x) ? const_cast<void*>(saved.const_data_ptr()) : memory.data, keeps(x),
+      run(p, row(slopes, first), row(means, first), keeps(x) ? const_cast<void*>(saved.const_data_ptr()) : memory.data, keeps(x),
           row(grad_x, first), row(grad_bank, 0));
     });
   });
-  return {grad_x, grad_bank};
+  return {needs[0] ? ordered(grad_x, order, true) : grad_x, grad_bank};
 }
 
 enum Gate { full, t2h, h2t };

@@ -158,6 +158,25 @@ def test_a_bank_of_many_parts_is_one_softmax():
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("D", [40, 1200])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_noise_level_in_one_batch(D, dtype):
+    """Rows of little noise have few weights, those of much have many; both in turn, in a bank of several blocks."""
+    B, N = 70, 450
+    level = torch.linspace(0.02, 1.55, B, dtype=torch.float64)[torch.randperm(B)]
+    bank = torch.randn(N, D, dtype=torch.float64).clamp(-1, 1)
+    x_t = level.cos()[:, None] * bank[torch.randint(N, (B,))] + level.sin()[:, None] * torch.randn(B, D)
+    given = [v.to(dtype).requires_grad_(v.ndim == 2) for v in (x_t, bank, level.cos(), level.sin())]
+    leaves = [v.detach().double().requires_grad_(v.ndim == 2) for v in given]
+    got, want = ops.posterior_mean(*given), brute_force(*leaves, None) @ leaves[1]
+    atol = 1e-10 if dtype == torch.float64 else 3e-4
+    torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
+    grad = torch.randn(B, D, dtype=dtype)
+    found = torch.autograd.grad(got, given[:2], grad)
+    for a, b in zip(found, torch.autograd.grad(want, leaves[:2], grad.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=atol * b.abs().max().item(), rtol=0)
+
+
 def test_frequent_classes_are_never_moved_to_rarer_ones():
     """And one image repeated gives that image whatever is drawn."""
     torch.manual_seed(2)
