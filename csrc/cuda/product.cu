@@ -62,7 +62,7 @@ template <class T, int K> struct Factors {
   }
   __device__ Mixture<float> mix_at(int e) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) log_lam[k] = log_exponent[k] - l[k][e], apart[k] = m[k][e] - m[0][e];
+    for (int k = 0; k < K; ++k) log_lam[k] = log_exponent[k] - l[k][e], apart[k] = m[k][e];
     return mix<K>(log_lam, part, apart, K, Exp{});
   }
 };
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Inputs<T> x, Split sp
     for (int e = 0; e < kVector; ++e) {
       const Mixture<float> mixture = f.mix_at(e);
       const float root = expf(mixture.top / 2);
-      means[e] = f.m[0][e] + mixture.shift;
+      means[e] = mixture.mean;
       logs[e] = mixture.top + logf(mixture.sum);
       float term = logs[e];
 #pragma unroll

@@ -8,6 +8,8 @@ from torch.distributions import Normal
 
 from imbdiff import ops
 
+from .rules import back_ends
+
 F64 = torch.float64
 
 
@@ -105,6 +107,23 @@ def test_extreme_variances_and_a_common_offset_cost_no_digits(logvar):
     for g, e in zip(got, exact, strict=True):
         assert g.isfinite().all()
         assert (g.double() - e).abs().max() <= 4e-7 * e.abs().max()
+
+
+@pytest.mark.parametrize("backend", back_ends("product_of_gaussians", "cpu"))
+@pytest.mark.parametrize("K", [2, 3])
+def test_a_faint_factor_far_away_costs_no_digits(backend, K):
+    """The first factor lies 1000 away with a precision of e^-20: differences from it say nothing of the others."""
+    means = [torch.full((4, 50), 1000.0), *(torch.randn(4, 50) for _ in range(K - 1))]
+    logvars = [torch.full((4, 50), 20.0), *(torch.randn(4, 50) / 4 for _ in range(K - 1))]
+
+    def gradients(dtype, backend):
+        leaves = [m.to(dtype).requires_grad_() for m in means]
+        with ops.use(backend):
+            log_z = ops.product_of_gaussians(leaves, [l.to(dtype) for l in logvars])[2]
+        return torch.autograd.grad(log_z.sum(), leaves)
+
+    for got, want in zip(gradients(torch.float32, backend), gradients(F64, "reference"), strict=True):
+        assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_log_variances_beyond_float32_only_where_it_overflows():

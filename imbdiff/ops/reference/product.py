@@ -17,7 +17,8 @@ def product_of_gaussians(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(mean [B, D], log_precision [B, D], log_normalizer [B]).
 
-    With the precisions in logarithms nothing overflows; means and log-variances less the first ones keep their digits.
+    With the precisions in logarithms nothing overflows; means less that of the most precise factor, and log-variances
+    less the first, keep their digits.
     """
     acc, D = accumulator(means[0].dtype), means[0].shape[1]
     m = torch.stack([x.to(acc) for x in means])
@@ -26,12 +27,13 @@ def product_of_gaussians(
     log_lam = a.log()[:, :, None] - (l - l[0])
     total = log_lam.logsumexp(0)
     log_precision = total - l[0]
-    apart = m - m[0]
+    base = m.gather(0, log_lam.argmax(0, keepdim=True))
+    apart = m - base
     shift = ((log_lam - total).exp() * apart).sum(0)
     quadratic = (a[:, :, None] * ((apart - shift) * (-l / 2).exp()).square()).sum(0)
     constants = (a.sum(0) - 1) * (D * math.log(2 * math.pi))
     log_normalizer = -(constants + ((a[:, :, None] * l).sum(0) + log_precision + quadratic).sum(1)) / 2
-    return (m[0] + shift).to(means[0].dtype), log_precision, log_normalizer
+    return (base[0] + shift).to(means[0].dtype), log_precision, log_normalizer
 
 
 def product_of_gaussians_bwd(
