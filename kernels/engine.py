@@ -125,22 +125,6 @@ def products(
 
 
 @triton.jit
-def two_products(
-    own, second, other, D, own_frame, second_frame, other_frame,
-    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Those of two tiles of rows with the same k, which is read once."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    beside = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        k = tl.trans(framed(other, column, D, other_frame, OPERAND))
-        total = tl.dot(framed(own, column, D, own_frame, OPERAND), k, total, input_precision="ieee")
-        beside = tl.dot(framed(second, column, D, second_frame, OPERAND), k, beside, input_precision="ieee")
-    return total, beside
-
-
-@triton.jit
 def gather(total, weight, other, frame, column, D):
     """total + weight rows, in float32"""
     return tl.dot(weight, framed(other, column, D, frame, tl.float32), total, input_precision="ieee")

@@ -1,21 +1,24 @@
-"""The posterior mean over a bank of rows: softmax-weighted sums tile by tile, nothing B x N is ever stored.
+"""The posterior mean over a bank of rows: one product makes the logits, another is the weights times the bank.
 
     b_j  = bank_j - c,  a_i = x_i - signal_i c                                             c: the bank's mean
     l_ij = scale_i (a_i . b_j - signal_i |b_j|^2 / 2) + prior_j                            scale = signal / sigma^2
     mean = c + sum_j w_ij b_j                                                              w: softmax of l
-    h_ij = g_i . b_j,  m_i = sum_j w_ij h_ij,  z_ij = w_ij (h_ij - m_i)                    g: the mean's gradient
-    of x = scale_i sum_j z_ij b_j
-    of b = sum_i w_ij g_i + scale_i z_ij (a_i - signal_i b_j)
+    h_ij = g_i . b_j,  m_i = sum_j w_ij h_ij,  z_ij = scale_i w_ij (h_ij - m_i)            g: the mean's gradient
+    of x = sum_j z_ij b_j
+    of b = sum_i w_ij g_i + z_ij (a_i - signal_i b_j)
 
 Logits reach 1e7 where sigma is small, so rows of every type are multiplied in float32. m is summed from the weights and
-not taken from the mean, which is rounded: the z of a row add up to 0. A block of output columns makes its logits again.
+not taken from the mean, which is rounded: the z of a row add up to 0.
+
+Time 4 B N D forward; 6 B N D backward for x alone, 8 for the bank alone, 10 for both. The rows of x are taken so many
+at once that a matrix of them and the bank has a sixteenth of the bank's elements, or 2^25 where that is more; up to
+four such matrices are held. Where the rows take several turns, gradients of the bank wait for the next in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -23,162 +26,116 @@ import triton.language as tl
 from imbdiff.kernels import engine, rows
 from torch import Tensor
 
-LINE = engine.Config(32, 32, 32, 8, 1, False, 128)
+# Rows that come in 16 bits are multiplied as TF32 on sm_100, whatever is asked for, by tiles of 64 rows: so 32 rows.
+PRODUCT = engine.Config(32, 64, 32, 4, 1, False)
+GATHER = engine.Config(32, 32, 0, 8, 1, False, 128)
+MATRIX = 2**25
+AS_IT_IS: engine.Frame = (None, None, None)
 
 
 @triton.jit
-def logits(product, x_facts, bank_facts):
-    """l of products; x_facts = (scale, signal, ...) and bank_facts = (norm, prior).
-
-    Of 1e7 the last digit is worth a factor e: every kernel must round alike, and so nothing is left to contraction, and
-    every product has its x in rows and its bank in columns.
-    """
-    around = tl.fma(-0.5 * x_facts[1][:, None], bank_facts[0][None, :], product)
-    return tl.fma(x_facts[0][:, None], around, bank_facts[1][None, :])
-
-
-@triton.jit
-def weights(
-    x, grad, bank, frames, x_facts, bank_facts, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
-):  # fmt: skip
-    """w and h of tiles; x_facts = (scale, signal, largest l, log of the sum of the others to it, ...)."""
-    product, h = engine.two_products(
-        x, grad, bank, D, frames[0], frames[2], frames[1], tl.float32, ROWS, COLUMNS, DEPTH
-    )  # fmt: skip
-    w = tl.exp(logits(product, x_facts, bank_facts) - x_facts[2][:, None] - x_facts[3][:, None])
-    return tl.where(x[2][:, None] & bank[2][None, :], w, 0.0), h
-
-
-@triton.jit
-def store(to, some, column, D, value):
-    mask = some[2][:, None] & (column < D)[None, :]
-    tl.store(to + some[1].to(tl.int64)[:, None] * D + column[None, :], value.to(to.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def mean_kernel(
-    x, bank, frames, x_vectors, bank_vectors, out, lse, B, N, D,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OUTPUT: tl.constexpr,
-):  # fmt: skip
-    own = engine.row_tile(tl.program_id(0), x, B, ROWS)
-    x_facts = engine.entries(x_vectors, own[3], own[2])
-    column = tl.program_id(1) * OUTPUT + tl.arange(0, OUTPUT)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS, OUTPUT], tl.float32)
-    for tile in range(tl.cdiv(N, COLUMNS)):
-        other = engine.row_tile(tile, bank, N, COLUMNS)
-        product = engine.products(own, other, D, frames[0], frames[1], tl.float32, ROWS, COLUMNS, DEPTH)
-        l = logits(product, x_facts, engine.entries(bank_vectors, other[3], other[2]))
-        l = tl.where(other[2][None, :], l, float("-inf"))
-        best = tl.maximum(top, tl.max(l, axis=1))
-        base = tl.where(best == float("-inf"), 0.0, best)  # nothing seen yet: keep inf - inf out
-        weight, shrink = tl.exp(l - base[:, None]), tl.exp(top - base)
-        mass = mass * shrink + tl.sum(weight, axis=1)
-        total = engine.gather(total * shrink[:, None], weight, other, frames[1], column, D)
-        top = best
-    centre = tl.load(frames[1][0] + column, mask=column < D, other=0.0)
-    store(out, own, column, D, centre[None, :] + total / mass[:, None])
-    if tl.program_id(1) == 0:
-        tl.store(lse + own[1], top, mask=own[2])
-        tl.store(lse + B + own[1], tl.log(mass), mask=own[2])
-
-
-@triton.jit
-def inner_kernel(
-    x, bank, grad, frames, x_vectors, bank_vectors, inner, B, N, D,
+def product_kernel(
+    x, bank, frames, x_vectors, bank_vectors, out, B, N, D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """m"""
-    own = engine.row_tile(tl.program_id(0), x, B, ROWS)
-    own_grad = engine.row_tile(tl.program_id(0), grad, B, ROWS)
-    x_facts = engine.entries(x_vectors, own[3], own[2])
-    mass = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for tile in range(tl.cdiv(N, COLUMNS)):
-        other = engine.row_tile(tile, bank, N, COLUMNS)
-        bank_facts = engine.entries(bank_vectors, other[3], other[2])
-        w, h = weights(own, own_grad, other, frames, x_facts, bank_facts, D, ROWS, COLUMNS, DEPTH)
-        mass += tl.sum(w, axis=1)
-        total += tl.sum(w * h, axis=1)
-    tl.store(inner + own[1], total / tl.where(own[2], mass, 1.0), mask=own[2])
+    """x . bank; with vectors, (scale, signal) of x and (norm, prior) of the bank, the logits."""
+    tiles = tl.cdiv(B, ROWS)
+    own = engine.row_tile(tl.program_id(0) % tiles, x, B, ROWS)
+    other = engine.row_tile(tl.program_id(0) // tiles, bank, N, COLUMNS)
+    value = engine.products(own, other, D, frames[0], frames[1], tl.float32, ROWS, COLUMNS, DEPTH)
+    if x_vectors is not None:
+        scale, signal = engine.entries(x_vectors, own[3], own[2])
+        norm, prior = engine.entries(bank_vectors, other[3], other[2])
+        # Of 1e7 the last digit is worth a factor e: nothing is left to contraction.
+        value = tl.fma(-0.5 * signal[:, None], norm[None, :], value)
+        value = tl.fma(scale[:, None], value, prior[None, :])
+    at = out + own[1].to(tl.int64)[:, None] * N + other[1][None, :]
+    tl.store(at, value, mask=own[2][:, None] & other[2][None, :])
 
 
 @triton.jit
-def of_x_kernel(
-    x, bank, grad, frames, x_vectors, bank_vectors, out, B, N, D,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OUTPUT: tl.constexpr,
+def gather_kernel(
+    out, terms, frames, bases, base_frames, count, others, D,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """The last of x_vectors is m, here and below."""
-    own = engine.row_tile(tl.program_id(0), x, B, ROWS)
-    own_grad = engine.row_tile(tl.program_id(0), grad, B, ROWS)
-    x_facts = engine.entries(x_vectors, own[3], own[2])
+    """out_i = sum of sum_j weight_ij row_j over terms (weights, their strides, rows), and of row i of each base."""
+    _, i, here, _ = engine.row_tile(tl.program_id(0), out, count, ROWS)
     column = tl.program_id(1) * OUTPUT + tl.arange(0, OUTPUT)
     total = tl.zeros([ROWS, OUTPUT], tl.float32)
-    for tile in range(tl.cdiv(N, COLUMNS)):
-        other = engine.row_tile(tile, bank, N, COLUMNS)
-        bank_facts = engine.entries(bank_vectors, other[3], other[2])
-        w, h = weights(own, own_grad, other, frames, x_facts, bank_facts, D, ROWS, COLUMNS, DEPTH)
-        total = engine.gather(total, w * (h - x_facts[4][:, None]), other, frames[1], column, D)
-    store(out, own, column, D, x_facts[0][:, None] * total)
+    for tile in range(tl.cdiv(others, COLUMNS)):
+        for k in tl.static_range(len(terms)):
+            weights, of, across, source = terms[k]
+            other = engine.row_tile(tile, source, others, COLUMNS)
+            at = weights + i.to(tl.int64)[:, None] * of + other[1].to(tl.int64)[None, :] * across
+            weight = tl.load(at, mask=here[:, None] & other[2][None, :], other=0.0)
+            total = engine.gather(total, weight, other, frames[k], column, D)
+    for k in tl.static_range(len(bases)):
+        total += engine.framed((bases[k], i, here, i), column, D, base_frames[k], tl.float32)
+    at = out + i.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=here[:, None] & (column < D)[None, :])
 
 
-@triton.jit
-def of_bank_kernel(
-    x, bank, grad, frames, x_vectors, bank_vectors, out, B, N, D,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OUTPUT: tl.constexpr,
-):  # fmt: skip
-    own = engine.row_tile(tl.program_id(0), bank, N, COLUMNS)
-    bank_facts = engine.entries(bank_vectors, own[3], own[2])
-    column = tl.program_id(1) * OUTPUT + tl.arange(0, OUTPUT)
-    mass = tl.zeros([COLUMNS], tl.float32)
-    total = tl.zeros([COLUMNS, OUTPUT], tl.float32)
-    for tile in range(tl.cdiv(B, ROWS)):
-        other = engine.row_tile(tile, x, B, ROWS)
-        other_grad = engine.row_tile(tile, grad, B, ROWS)
-        x_facts = engine.entries(x_vectors, other[3], other[2])
-        w, h = weights(other, other_grad, own, frames, x_facts, bank_facts, D, ROWS, COLUMNS, DEPTH)
-        pull = x_facts[0][:, None] * w * (h - x_facts[4][:, None])
-        mass += tl.sum(pull * x_facts[1][:, None], axis=0)
-        total = engine.gather(total, tl.trans(w), other_grad, frames[2], column, D)
-        total = engine.gather(total, tl.trans(pull), other, frames[0], column, D)
-    store(out, own, column, D, total - mass[:, None] * engine.framed(own, column, D, frames[1], tl.float32))
+Vectors = tuple[Tensor, ...] | None
 
 
-class Sides(NamedTuple):
-    """What every kernel is told of x and of the bank."""
+def products(
+    x: Tensor, bank: Tensor, frames: tuple[engine.Frame, ...], of_x: Vectors = None, of_bank: Vectors = None
+) -> Tensor:
+    (B, D), N = x.shape, len(bank)
+    out = torch.empty((B, N), dtype=torch.float32, device=x.device)
+    product_kernel[(triton.cdiv(B, PRODUCT.rows) * triton.cdiv(N, PRODUCT.columns),)](
+        rows.pair(x), rows.pair(bank), frames, of_x, of_bank, out, B, N, D,
+        ROWS=PRODUCT.rows, COLUMNS=PRODUCT.columns, DEPTH=PRODUCT.depth,
+        num_warps=PRODUCT.warps, num_stages=PRODUCT.stages,
+    )  # fmt: skip
+    return out
 
-    frames: tuple[engine.Frame, engine.Frame, engine.Frame]  # of x, of the bank, of the gradient
-    x_vectors: tuple[Tensor, ...]
-    bank_vectors: tuple[Tensor, ...]
+
+def gather(
+    out: Tensor, terms: Sequence[tuple[Tensor, Tensor, engine.Frame]], *bases: tuple[Tensor, engine.Frame]
+) -> None:
+    """Terms are (weights [rows of out, other rows], other rows, their frame)."""
+    if out.numel():
+        given = [(weights, *weights.stride(), rows.pair(x)) for weights, x, _ in terms]
+        frames, base_frames = (tuple(each[-1] for each in some) for some in (terms, bases))
+        (count, D), others = out.shape, len(terms[0][1])
+        gather_kernel[triton.cdiv(count, GATHER.rows), triton.cdiv(D, GATHER.output)](
+            out, tuple(given), frames, tuple(rows.pair(x) for x, _ in bases), base_frames, count, others, D,
+            ROWS=GATHER.rows, COLUMNS=GATHER.columns, OUTPUT=GATHER.output,
+            num_warps=GATHER.warps, num_stages=GATHER.stages,
+        )  # fmt: skip
 
 
-def sides(bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor, *vectors: Tensor) -> Sides:
-    centre = bank.mean(0, dtype=torch.float32)
-    frame: engine.Frame = (centre, None, None)
+def height(N: int, D: int) -> int:
+    """Rows of x at once."""
+    return max(1, max(D // 16, MATRIX // N) // PRODUCT.rows) * PRODUCT.rows
+
+
+def slices(
+    x: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor
+) -> Iterator[tuple[slice, Tensor, tuple[engine.Frame, ...], Tensor]]:
+    """Rows of x: which, themselves, the frames of them and of the bank, their logits."""
+    (B, D), N = x.shape, len(bank)
+    frame: engine.Frame = (bank.mean(0, dtype=torch.float32), None, None)
     norm = engine.squared_norms(bank, bank[:0], frame, tl.float32)
     prior = log_prior if len(log_prior) else torch.zeros_like(norm)
-    frames = ((centre, signal, None), frame, (None, None, None))
-    return Sides(frames, (signal / sigma.square(), signal, *vectors), (norm, prior))
-
-
-def tiles(count: int, D: int, **output: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and constants; a row of nothing still has its logits. Rows and columns of a tile are equally many."""
-    grid = triton.cdiv(count, LINE.rows), max(1, triton.cdiv(D, LINE.output)) if output else 1
-    shape = {"ROWS": LINE.rows, "COLUMNS": LINE.columns, "DEPTH": LINE.depth, **output}
-    return grid, {**shape, "num_warps": LINE.warps, "num_stages": LINE.stages}
+    for first in range(0, B, height(N, D)):
+        at = slice(first, first + height(N, D))
+        frames, facts = ((frame[0], signal[at], None), frame), (signal[at] / sigma[at].square(), signal[at])
+        yield at, x[at], frames, products(x[at], bank, frames, facts, (norm, prior))
 
 
 def posterior_mean(
     x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
-    (B, D), N = x_t.shape, len(bank)
+    B, D = x_t.shape
     out, lse = x_t.new_empty(B, D), x_t.new_empty(2, B, dtype=torch.float32)
     if B > 0:
         with torch.cuda.device_of(x_t):
-            grid, constants = tiles(B, D, OUTPUT=LINE.output)
-            known = sides(bank, signal, sigma, log_prior)
-            mean_kernel[grid](rows.pair(x_t), rows.pair(bank), *known, out, lse, B, N, D, **constants)
+            for at, _, frames, l in slices(x_t, bank, signal, sigma, log_prior):
+                w, centre = l.softmax(1), frames[1][0]
+                lse[0, at], lse[1, at] = l.amax(1), -w.amax(1).log()
+                gather(out[at], [(w, bank, frames[1])], (centre.expand(len(w), D), AS_IT_IS))
     return out, lse
 
 
@@ -186,18 +143,19 @@ def posterior_mean_bwd(
     grad: Tensor, x_t: Tensor, bank: Tensor, signal: Tensor, sigma: Tensor, log_prior: Tensor, out: Tensor,
     lse: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, D), N = x_t.shape, len(bank)
+    """`lse` is not read: the weights are the softmax of the logits as they are made here."""
     of_x, of_bank = (x.new_empty(x.shape if need else 0) for x, need in zip((x_t, bank), needs, strict=True))
-    if B == 0 or D == 0:
+    if x_t.numel() == 0:
         return of_x, of_bank.zero_()
+    one = len(x_t) <= height(*bank.shape)
+    total = of_bank if one else of_bank.new_empty(of_bank.shape, dtype=torch.float32)
     with torch.cuda.device_of(x_t):
-        inner = torch.empty(B, dtype=torch.float32, device=x_t.device)
-        known = sides(bank, signal, sigma, log_prior, *lse, inner)
-        three = [rows.pair(x) for x in (x_t, bank, grad)]
-        grid, constants = tiles(B, D)
-        inner_kernel[grid](*three, *known._replace(x_vectors=known.x_vectors[:4]), inner, B, N, D, **constants)
-        for kernel, to, count in ((of_x_kernel, of_x, B), (of_bank_kernel, of_bank, N)):
-            if to.numel():
-                grid, constants = tiles(count, D, OUTPUT=LINE.output)
-                kernel[grid](*three, *known, to, B, N, D, **constants)
-    return of_x, of_bank
+        for at, x, frames, l in slices(x_t, bank, signal, sigma, log_prior):
+            w, h = l.softmax(1), products(grad[at], bank, (AS_IT_IS, frames[1]))
+            z = h.sub_((w * h).sum(1, keepdim=True) / w.sum(1, keepdim=True)).mul_(w)
+            z *= (signal[at] / sigma[at].square())[:, None]
+            gather(of_x[at], [(z, bank, frames[1])])
+            pulled = (frames[1][0], None, -(z * signal[at, None]).sum(0))
+            before = [(total, AS_IT_IS)] if at.start else []
+            gather(total, [(w.T, grad[at], AS_IT_IS), (z.T, x, frames[0])], (bank, pulled), *before)
+    return of_x, total.to(bank.dtype)

@@ -75,6 +75,14 @@ def test_a_common_offset_cancels(close):
     compare(close, grad, x, bank, signal, sigma, NONE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_slices_of_rows(dtype, bands, close, monkeypatch):
+    monkeypatch.setattr(posterior, "MATRIX", 0)
+    x, bank, *small, grad = problem(140, 5, 7, 0.5, dtype)
+    assert posterior.height(5, 7) < 70
+    compare(close, grad, x, bank, *small)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_where_sigma_is_small_the_mean_is_the_row_itself(dtype):
     _, bank, signal, _, log_prior, grad = problem(33, 50, 40, 1.0, dtype)
