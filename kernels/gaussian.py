@@ -1,10 +1,11 @@
 """Divergences of all pairs of diagonal Gaussians, the loss on them, and the gradients of both.
 
-With m, l of P and n, k of Q, every pair and dimension is taken from d = m - n and x = l - k in float32. Two to four
-products of matrices would do instead of an exponential a term, but they cancel where two Gaussians nearly agree, which
-is where a hinge looks; this form is exact there and needs no centre. 16-bit values are float32 before any exponential.
-A program owns a tile of pairs, or the rows and columns of a gradient; sums run over a third axis. The loss makes strips
-of the matrix, turns them into its slopes, and passes over the tiles of a strip where nothing pulls.
+KL and Jeffreys of many pairs come from products (gaussian_products.py). What those do not know, pairs of Gaussians that
+nearly agree, is taken from d = m - n and x = l - k of every dimension in float32, with m, l of P and n, k of Q: exact
+there, and without a centre, but an exponential a term. So are the Bhattacharyya distance, which is no product, and few
+pairs, whose tiles of products would leave most of a device idle. 16-bit values are float32 before any exponential.
+Here a program owns a tile of pairs, or the rows and columns of a gradient; sums run over a third axis. The loss makes
+strips of the matrix, turns them into its slopes, and passes over the tiles of a strip where nothing pulls.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from imbdiff.kernels.gaussian_products import Products, Side, framed
 from torch import Tensor
 
 ROWS, COLUMNS, DEPTH, WARPS = 16, 16, 16, 8
+PASSED = 256  # pairs of a row that are passed over at once
+MANY = 2**18  # pairs whose tiles of products fill a device
 PUSHED = 1024  # pairs of a row that are read at once
 STRIP = 2**22  # pairs whose divergences wait for their gradient
 
@@ -104,29 +108,38 @@ def place(tile, count, SIZE: tl.constexpr):
 def matrix_kernel(
     p, q, out, N, M, D, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """p and q are (mean, logvar)."""
+    """In place of NaN; p and q are (mean, logvar)."""
     above, j, there = place(tl.program_id(0), M, COLUMNS)
     batch, i, here = place(above, N, ROWS)
     batch = batch.to(tl.int64)
-    total = tl.zeros([ROWS, COLUMNS, DEPTH], tl.float32)
-    for start in range(0, D, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        # Beyond D all four are 0, and so is the term.
-        m = values(p[0], batch, i, here, column, D)[:, None, :]
-        l = values(p[1], batch, i, here, column, D)[:, None, :]
-        n = values(q[0], batch, j, there, column, D)[None, :, :]
-        k = values(q[1], batch, j, there, column, D)[None, :, :]
-        total += twice(m, l, n, k, KIND)
-    at = (batch * N + i[:, None]) * M + j[None, :]
-    tl.store(out + at, 0.5 * tl.sum(total, axis=2), mask=here[:, None] & there[None, :])
+    at = out + (batch * N + i[:, None]) * M + j[None, :]
+    found = tl.load(at, mask=here[:, None] & there[None, :], other=0.0)
+    if tl.max((found != found).to(tl.int32)) > 0:
+        total = tl.zeros([ROWS, COLUMNS, DEPTH], tl.float32)
+        for start in range(0, D, DEPTH):
+            column = start + tl.arange(0, DEPTH)
+            # Beyond D all four are 0, and so is the term.
+            m = values(p[0], batch, i, here, column, D)[:, None, :]
+            l = values(p[1], batch, i, here, column, D)[:, None, :]
+            n = values(q[0], batch, j, there, column, D)[None, :, :]
+            k = values(q[1], batch, j, there, column, D)[None, :, :]
+            total += twice(m, l, n, k, KIND)
+        tl.store(at, 0.5 * tl.sum(total, axis=2), mask=found != found)
+
+
+@triton.jit
+def pulls(grad, batch, i, here, j, others):
+    """G; grad is (pointer, strides of batch, own and other rows)."""
+    at = batch * grad[1] + i.to(tl.int64)[:, None] * grad[2] + j.to(tl.int64)[None, :] * grad[3]
+    return tl.load(grad[0] + at, mask=here[:, None] & (j < others)[None, :], other=0.0)
 
 
 @triton.jit
 def slope_kernel(
-    own, other, grad, to, count, others, D, KIND: tl.constexpr, OF_P: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    own, other, grad, to, count, others, D, KIND: tl.constexpr, OF_P: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PASSED: tl.constexpr,
 ):  # fmt: skip
-    """grad is (pointer, strides of batch, own and other rows); to = (mean, logvar), None where it is not wanted."""
+    """Adds to (mean, logvar), None where it is not wanted."""
     batch, i, here = place(tl.program_id(0), count, ROWS)
     batch = batch.to(tl.int64)
     column = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
@@ -134,29 +147,29 @@ def slope_kernel(
     b = values(own[1], batch, i, here, column, D)[:, None, :]
     mean = tl.zeros([ROWS, COLUMNS, DEPTH], tl.float32)
     logvar = tl.zeros([ROWS, COLUMNS, DEPTH], tl.float32)
-    for start in range(0, others, COLUMNS):
-        j = start + tl.arange(0, COLUMNS)
-        there = j < others
-        at = batch * grad[1] + i.to(tl.int64)[:, None] * grad[2] + j.to(tl.int64)[None, :] * grad[3]
-        g = tl.load(grad[0] + at, mask=here[:, None] & there[None, :], other=0.0)[:, :, None]
-        if tl.max((g != 0).to(tl.int32)) > 0:  # of a hinge's tiles few are
-            u = values(other[0], batch, j, there, column, D)[None, :, :]
-            v = values(other[1], batch, j, there, column, D)[None, :, :]
-            if OF_P:
-                of_mean, of_logvar = derivatives(a, b, u, v, KIND, OF_P)
-            else:
-                of_mean, of_logvar = derivatives(u, v, a, b, KIND, OF_P)
-            # A pair that does not count may be infinitely far.
-            mean += tl.where(g == 0, 0.0, g * of_mean)
-            logvar += tl.where(g == 0, 0.0, g * of_logvar)
+    for first in range(0, others, PASSED):
+        end = first
+        if tl.max((pulls(grad, batch, i, here, first + tl.arange(0, PASSED), others) != 0).to(tl.int32)) > 0:
+            end = tl.minimum(first + PASSED, others)  # of a hinge's tiles, and of near pairs', few are looked at
+        for start in range(first, end, COLUMNS):
+            j = start + tl.arange(0, COLUMNS)
+            g = pulls(grad, batch, i, here, j, others)[:, :, None]
+            if tl.max((g != 0).to(tl.int32)) > 0:
+                u = values(other[0], batch, j, j < others, column, D)[None, :, :]
+                v = values(other[1], batch, j, j < others, column, D)[None, :, :]
+                if OF_P:
+                    of_mean, of_logvar = derivatives(a, b, u, v, KIND, OF_P)
+                else:
+                    of_mean, of_logvar = derivatives(u, v, a, b, KIND, OF_P)
+                # A pair that does not count may be infinitely far.
+                mean += tl.where(g == 0, 0.0, g * of_mean)
+                logvar += tl.where(g == 0, 0.0, g * of_logvar)
     to_at = (batch * count + i[:, None]) * D + column[None, :]
     mask = here[:, None] & (column < D)[None, :]
     for which in tl.static_range(2):
         if to[which] is not None:
             value = tl.sum(mean if which == 0 else logvar, axis=1)
-            if ADD:
-                value += tl.load(to[which] + to_at, mask=mask, other=0.0)
-            tl.store(to[which] + to_at, value.to(to[which].dtype.element_ty), mask=mask)
+            tl.store(to[which] + to_at, value + tl.load(to[which] + to_at, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit
@@ -197,38 +210,49 @@ def push_kernel(
     tl.store(numbers + i, tl.sum(number, axis=0))
 
 
-Side = tuple[Tensor, Tensor]
-"""Means [L, N, D], and log-variances alike or [L, N, 1]."""
-
-
 def pointers(side: Side) -> tuple[Any, ...]:
     return tuple((x, x.stride(0), x.stride(1), int(x.shape[2] > 1)) for x in side)
 
 
-def matrix(p: Side, q: Side, kind: int) -> Tensor:
+def by_products(p: Side, q: Side, kind: int) -> Products | None:
+    """Where there are such and enough pairs."""
+    return framed(p, q, kind) if kind < 2 and p[0].shape[:2].numel() * q[0].shape[1] >= MANY else None
+
+
+def matrix(p: Side, q: Side, kind: int, product: Products | None) -> Tensor:
     (L, N, D), M = p[0].shape, q[0].shape[1]
-    out = torch.empty((L, N, M), dtype=torch.float32, device=p[0].device)
+    out = product.matrix() if product else p[0].new_full((L, N, M), torch.nan, dtype=torch.float32)
     if out.numel():
-        with torch.cuda.device_of(out):
-            matrix_kernel[(L * triton.cdiv(N, ROWS) * triton.cdiv(M, COLUMNS),)](
-                pointers(p), pointers(q), out, N, M, D,
-                KIND=kind, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=WARPS,
-            )  # fmt: skip
+        matrix_kernel[(L * triton.cdiv(N, ROWS) * triton.cdiv(M, COLUMNS),)](
+            pointers(p), pointers(q), out, N, M, D,
+            KIND=kind, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
-def slopes(grad: Tensor, p: Side, q: Side, kind: int, to: Sequence[Tensor | None], add: bool = False) -> None:
-    """Into `to`, of the means and log-variances of p and of q: [L, N, D] each, None where it is not wanted."""
+def add_slopes(
+    grad: Tensor, p: Side, q: Side, kind: int, product: Products | None, known: Tensor | None,
+    to: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """To those of the means and log-variances of p and of q: [L, N, D] each, None where it is not wanted."""
     (L, N, D), M = p[0].shape, q[0].shape[1]
+    far, near = (grad, grad) if known is None else (grad.masked_fill(~known, 0), grad.masked_fill(known, 0))
     for own, other, (of, across), count, others, into in (
         (p, q, (M, 1), N, M, tuple(to[:2])), (q, p, (1, M), M, N, tuple(to[2:])),
     ):  # fmt: skip
-        if L * count * D and any(x is not None for x in into):
-            with torch.cuda.device_of(grad):
-                slope_kernel[L * triton.cdiv(count, ROWS), triton.cdiv(D, DEPTH)](
-                    pointers(own), pointers(other), (grad, N * M, of, across), into, count, others, D, KIND=kind,
-                    OF_P=own is p, ADD=add, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=WARPS,
-                )  # fmt: skip
+        if L * count * others * D == 0 or all(x is None for x in into):
+            continue
+        if product:
+            product.add_slopes(far, own is p, into)
+        slope_kernel[L * triton.cdiv(count, ROWS), triton.cdiv(D, DEPTH)](
+            pointers(own), pointers(other), (near, N * M, of, across), into, count, others, D, KIND=kind,
+            OF_P=own is p, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, PASSED=PASSED, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def zeros(arguments: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    means = (arguments[0], arguments[0], arguments[2], arguments[2])
+    return [m.new_zeros(m.shape, dtype=torch.float32) if need else None for m, need in zip(means, needs, strict=True)]
 
 
 def finished(found: Sequence[Tensor | None], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -240,7 +264,9 @@ def finished(found: Sequence[Tensor | None], arguments: Sequence[Tensor]) -> tup
 
 
 def gaussian_divergence(mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int) -> Tensor:
-    return matrix((mean_p, logvar_p), (mean_q, logvar_q), kind)
+    p, q = (mean_p, logvar_p), (mean_q, logvar_q)
+    with torch.cuda.device_of(mean_p):
+        return matrix(p, q, kind, by_products(p, q, kind))
 
 
 def gaussian_divergence_bwd(
@@ -248,9 +274,10 @@ def gaussian_divergence_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     arguments = (mean_p, logvar_p, mean_q, logvar_q)
-    means = (mean_p, mean_p, mean_q, mean_q)
-    to = [x.new_empty(m.shape) if need else None for x, m, need in zip(arguments, means, needs, strict=True)]
-    slopes(grad, (mean_p, logvar_p), (mean_q, logvar_q), kind, to)
+    p, q, to = arguments[:2], arguments[2:], zeros(arguments, needs)
+    with torch.cuda.device_of(mean_p):
+        product = by_products(p, q, kind)
+        add_slopes(grad, p, q, kind, product, product and product.known(out), to)
     return tuple(g.to(x.dtype) for g, x in zip(finished(to, arguments), arguments, strict=True))
 
 
@@ -261,24 +288,25 @@ def gaussian_overlap(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """By strips of rows of p, whose divergences become what their gradients are multiplied by."""
     N, M = len(mean_p), len(mean_q)
-    arguments = [x[None] for x in (mean_p, logvar_p, mean_q, logvar_q)]
-    means = (arguments[0], arguments[0], arguments[2], arguments[2])
+    given = (mean_p, logvar_p, mean_q, logvar_q)
+    whole_p, q = (mean_p[None], logvar_p[None]), (mean_q[None], logvar_q[None])
     sums = mean_p.new_zeros(N, dtype=torch.float32)
     numbers = mean_p.new_zeros(N, dtype=torch.int32)
-    found = [m.new_zeros(m.shape, dtype=torch.float32) if need else None for m, need in zip(means, needs, strict=True)]
+    found = zeros((*whole_p, *q), needs)
     height = max(1, STRIP // max(M, 1) // ROWS) * ROWS
-    for first in range(0, N if M else 0, height):
-        p, q = [x[:, first : first + height] for x in arguments[:2]], arguments[2:]
-        strip = matrix((p[0], p[1]), (q[0], q[1]), kind)
-        with torch.cuda.device_of(mean_p):
+    with torch.cuda.device_of(mean_p):
+        product = by_products(whole_p, q, kind)
+        for first in range(0, N if M else 0, height):
+            at = slice(first, first + height)
+            p, part = (whole_p[0][:, at], whole_p[1][:, at]), product and product.rows(at)
+            strip = matrix(p, q, kind, part)
+            known = part.known(strip) if part and any(needs) else None
             push_kernel[(strip.shape[1],)](
                 strip, labels_p, labels_q, mask.view(torch.uint8) if mask.numel() else None,
                 weight if len(weight) else None, sums, numbers, first, M, margin, scale,
                 FORM=form, PAIRS=pairs, SAME_SET=same_set, COLUMNS=PUSHED, num_warps=4,
             )  # fmt: skip
-        to = [None if g is None else g[:, first : first + height] for g in found[:2]] + found[2:]
-        slopes(strip, (p[0], p[1]), (q[0], q[1]), kind, to, add=True)
+            to = [None if g is None else g[:, at] for g in found[:2]] + found[2:]
+            add_slopes(strip, p, q, kind, part, known, to)
     normalizer = numbers.sum().clamp_min(1).float() if mean else sums.new_ones(())
-    of_arguments = [None if g is None else g[0] for g in found]
-    given = (mean_p, logvar_p, mean_q, logvar_q)
-    return sums.sum() / normalizer, normalizer, *finished(of_arguments, given)
+    return sums.sum() / normalizer, normalizer, *finished([None if g is None else g[0] for g in found], given)

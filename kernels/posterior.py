@@ -23,87 +23,20 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from imbdiff.kernels import engine, rows
+from imbdiff.kernels import engine
+from imbdiff.kernels.matrices import AS_IT_IS, PRODUCT, gather, products
 from torch import Tensor
 
-# Rows that come in 16 bits are multiplied as TF32 on sm_100, whatever is asked for, by tiles of 64 rows: so 32 rows.
-PRODUCT = engine.Config(32, 64, 32, 4, 1, False)
-GATHER = engine.Config(32, 32, 0, 8, 1, False, 128)
 MATRIX = 2**25
-AS_IT_IS: engine.Frame = (None, None, None)
 
 
 @triton.jit
-def product_kernel(
-    x, bank, frames, x_vectors, bank_vectors, out, B, N, D,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """x . bank; with vectors, (scale, signal) of x and (norm, prior) of the bank, the logits."""
-    tiles = tl.cdiv(B, ROWS)
-    own = engine.row_tile(tl.program_id(0) % tiles, x, B, ROWS)
-    other = engine.row_tile(tl.program_id(0) // tiles, bank, N, COLUMNS)
-    value = engine.products(own, other, D, frames[0], frames[1], tl.float32, ROWS, COLUMNS, DEPTH)
-    if x_vectors is not None:
-        scale, signal = engine.entries(x_vectors, own[3], own[2])
-        norm, prior = engine.entries(bank_vectors, other[3], other[2])
-        # Of 1e7 the last digit is worth a factor e: nothing is left to contraction.
-        value = tl.fma(-0.5 * signal[:, None], norm[None, :], value)
-        value = tl.fma(scale[:, None], value, prior[None, :])
-    at = out + own[1].to(tl.int64)[:, None] * N + other[1][None, :]
-    tl.store(at, value, mask=own[2][:, None] & other[2][None, :])
-
-
-@triton.jit
-def gather_kernel(
-    out, terms, frames, bases, base_frames, count, others, D,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUT: tl.constexpr,
-):  # fmt: skip
-    """out_i = sum of sum_j weight_ij row_j over terms (weights, their strides, rows), and of row i of each base."""
-    _, i, here, _ = engine.row_tile(tl.program_id(0), out, count, ROWS)
-    column = tl.program_id(1) * OUTPUT + tl.arange(0, OUTPUT)
-    total = tl.zeros([ROWS, OUTPUT], tl.float32)
-    for tile in range(tl.cdiv(others, COLUMNS)):
-        for k in tl.static_range(len(terms)):
-            weights, of, across, source = terms[k]
-            other = engine.row_tile(tile, source, others, COLUMNS)
-            at = weights + i.to(tl.int64)[:, None] * of + other[1].to(tl.int64)[None, :] * across
-            weight = tl.load(at, mask=here[:, None] & other[2][None, :], other=0.0)
-            total = engine.gather(total, weight, other, frames[k], column, D)
-    for k in tl.static_range(len(bases)):
-        total += engine.framed((bases[k], i, here, i), column, D, base_frames[k], tl.float32)
-    at = out + i.to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=here[:, None] & (column < D)[None, :])
-
-
-Vectors = tuple[Tensor, ...] | None
-
-
-def products(
-    x: Tensor, bank: Tensor, frames: tuple[engine.Frame, ...], of_x: Vectors = None, of_bank: Vectors = None
-) -> Tensor:
-    (B, D), N = x.shape, len(bank)
-    out = torch.empty((B, N), dtype=torch.float32, device=x.device)
-    product_kernel[(triton.cdiv(B, PRODUCT.rows) * triton.cdiv(N, PRODUCT.columns),)](
-        rows.pair(x), rows.pair(bank), frames, of_x, of_bank, out, B, N, D,
-        ROWS=PRODUCT.rows, COLUMNS=PRODUCT.columns, DEPTH=PRODUCT.depth,
-        num_warps=PRODUCT.warps, num_stages=PRODUCT.stages,
-    )  # fmt: skip
-    return out
-
-
-def gather(
-    out: Tensor, terms: Sequence[tuple[Tensor, Tensor, engine.Frame]], *bases: tuple[Tensor, engine.Frame]
-) -> None:
-    """Terms are (weights [rows of out, other rows], other rows, their frame)."""
-    if out.numel():
-        given = [(weights, *weights.stride(), rows.pair(x)) for weights, x, _ in terms]
-        frames, base_frames = (tuple(each[-1] for each in some) for some in (terms, bases))
-        (count, D), others = out.shape, len(terms[0][1])
-        gather_kernel[triton.cdiv(count, GATHER.rows), triton.cdiv(D, GATHER.output)](
-            out, tuple(given), frames, tuple(rows.pair(x) for x, _ in bases), base_frames, count, others, D,
-            ROWS=GATHER.rows, COLUMNS=GATHER.columns, OUTPUT=GATHER.output,
-            num_warps=GATHER.warps, num_stages=GATHER.stages,
-        )  # fmt: skip
+def logits(product, x_facts, bank_facts):
+    """Of 1e7 the last digit is worth a factor e: nothing is left to contraction."""
+    scale, signal = x_facts
+    norm, prior = bank_facts
+    around = tl.fma(-0.5 * signal[:, None], norm[None, :], product)
+    return tl.fma(scale[:, None], around, prior[None, :])
 
 
 def height(N: int, D: int) -> int:
@@ -122,7 +55,7 @@ def slices(
     for first in range(0, B, height(N, D)):
         at = slice(first, first + height(N, D))
         frames, facts = ((frame[0], signal[at], None), frame), (signal[at] / sigma[at].square(), signal[at])
-        yield at, x[at], frames, products(x[at], bank, frames, facts, (norm, prior))
+        yield at, x[at], frames, products(x[at], bank, frames, facts, (norm, prior), logits)
 
 
 def posterior_mean(

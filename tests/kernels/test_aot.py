@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("aot")
 TARGETS = (80, 90, 100)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: r"\bmma\.sync", 90: r"\bwgmma\.", 100: r"\btcgen05\.mma|\bmma\.sync"}
-MODULES = ("rows", "two_branch", "engine", "lse", "contrast", "cosine", "posterior", "gaussian")
+MODULES = ("rows", "two_branch", "engine", "lse", "contrast", "cosine", "matrices", "posterior", "gaussian")
 
 
 def launches(torch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -71,7 +71,7 @@ def launches(torch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         saved = (torch.zeros_like(args[0]), torch.zeros(2, 256), [True, True])
         yield f"posterior_mean {dtype}", lambda a=args, k=saved: posterior.posterior_mean_bwd(k[0], *a, *k)
     gaussian, all_of = importlib.import_module("imbdiff.kernels.gaussian"), [True] * 4
-    matrix = torch.zeros(1, 256, 256)
+    matrix, gaussian.MANY = torch.zeros(1, 256, 256), 0
     for dtype, kind, form in [(low, 0, 0), (half, 2, 1), (full, 0, 1), (full, 1, 0), (full, 2, 0)]:
         four, name = [x[None].to(dtype)] * 4, f"gaussian {dtype} kind={kind}"
         yield name, lambda a=four, k=kind: gaussian.gaussian_divergence(*a, k)

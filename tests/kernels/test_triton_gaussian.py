@@ -17,6 +17,12 @@ NEEDS = [True] * 4
 NONE = torch.empty(0)
 
 
+@pytest.fixture(autouse=True)
+def small_sizes_go_every_way(monkeypatch):
+    monkeypatch.setattr(gaussian, "MANY", 0)
+    monkeypatch.setattr(gaussian, "PASSED", 32)
+
+
 def divergences(m: Tensor, l: Tensor, n: Tensor, k: Tensor, kind: int) -> Tensor:
     """[..., N, M] of rows [..., N, D] and [..., M, D]; the log-variances may be [..., 1]."""
     d, l, k = m[..., :, None, :] - n[..., None, :, :], l[..., :, None, :], k[..., None, :, :]
@@ -92,6 +98,46 @@ def test_close_pairs_keep_their_digits(kind, logvar, offset):
     assert close.sum() >= 7
     assert ((got.double() - exact).abs() <= 1e-6 * (1e-3 + exact))[close].all()
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_products_know_what_they_say(kind, monkeypatch):
+    """Pairs at all distances: what is known is right, the distant ones are, and both ways to the slopes agree."""
+    g = torch.Generator().manual_seed(0)
+    apart = torch.logspace(-4, 0.5, 24)[:, None]
+    q = [torch.randn(24, 130, generator=g), 0.3 * torch.randn(24, 130, generator=g)]
+    four = [x[None] for x in (*(x + apart * torch.randn(24, 130, generator=g) for x in q), *q)]
+    exact = divergences(*[x.double() for x in four], kind)
+    product = gaussian.by_products(tuple(four[:2]), tuple(four[2:]), kind)
+    value = product.matrix()
+    known = value.isfinite()
+    assert ((value - exact).abs() <= 1e-4 * (1 + exact))[known].all()
+    assert not known[0].diagonal()[:5].any()
+    assert known[exact > 150].all()
+    found = []
+    for many in (0, 2**40):
+        monkeypatch.setattr(gaussian, "MANY", many)
+        found.append(gaussian.gaussian_divergence_bwd(torch.ones(1, 24, 24), *four, kind, exact.float(), NEEDS))
+    for some, direct in zip(*found, strict=True):
+        assert (some - direct).abs().max() <= 1e-5 * direct.abs().max()
+    assert gaussian.by_products(tuple(four[:2]), tuple(four[2:]), kind) is None
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_rows_whose_operands_overflow(kind, close):
+    four = problem(1, 40, 40, 4, torch.float32, (False, False))
+    level = torch.tensor([54.0] + [-40.0] * 39)[:, None]
+    four = [x + level if logvar else x * math.exp(-20) for logvar, x in zip((0, 1, 0, 1), four, strict=True)]
+    grad = (level == level.mT).float()[None]  # others are infinitely far from each other, or from one side
+    leaves = [x.double().requires_grad_() for x in four]
+    exact = divergences(*leaves, kind)
+    got = gaussian.gaussian_divergence(*four, kind)
+    close(got[grad > 0], exact[grad > 0].detach(), exact[grad > 0].detach().float())
+    found = gaussian.gaussian_divergence_bwd(grad, *four, kind, got, NEEDS)
+    for x, want in zip(found, torch.autograd.grad(exact, leaves, grad.double()), strict=True):
+        for row in range(40):
+            assert (x[0, row] - want[0, row]).abs().max() <= 1e-5 * want[0, row].abs().max()
 
 
 def loss_of(
