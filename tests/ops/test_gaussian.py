@@ -9,6 +9,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from imbdiff import ops
 from imbdiff.ops import _gaussians
 
+from .rules import back_ends
+
 F64 = torch.float64
 KINDS = ("kl", "jeffreys", "bhattacharyya")
 
@@ -215,6 +217,30 @@ def test_gradients_near_overlap_keep_their_digits():
     want = torch.autograd.grad(ops.gaussian_overlap_loss(*exact, **more), exact)
     for g, w in zip(got, want, strict=True):
         assert (g.double() - w).abs().max() <= 1e-5 * w.abs().max()
+
+
+@pytest.mark.parametrize("backend", [b for b in back_ends("gaussian_divergence", "cpu") if b != "reference"])
+@pytest.mark.parametrize("kind", ["kl", "jeffreys"])
+def test_a_row_whose_variance_overflows_leaves_the_others_alone(kind, backend):
+    """e^l of the first Gaussians is more than float32 holds beside the others': they meet each other, nobody else does.
+
+    The derivative of torch's own exponential times a gradient of 0 is NaN there.
+    """
+    level = torch.tensor([54.0] + [-40.0] * 39)[:, None]
+    rows = [x for _ in range(2) for x in (torch.randn(40, 4) * math.exp(-20), torch.randn(40, 4) + level)]
+    meet = (level == level.T).float()
+
+    def gradients(dtype, backend):
+        x = [v.to(dtype).requires_grad_() for v in rows]
+        with ops.use(backend):
+            return torch.autograd.grad(ops.gaussian_divergence(*x, kind), x, meet.to(dtype))
+
+    for got, want in zip(gradients(torch.float32, backend), gradients(F64, "reference"), strict=True):
+        assert ((got.double() - want).abs().amax(1) <= 1e-5 * want.abs().amax(1)).all()
+    x = [v.clone().requires_grad_() for v in rows]
+    with ops.use(backend):
+        loss = ops.gaussian_overlap_loss(*x, kind=kind, margin=5.0, pairs="all")
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, x))
 
 
 def test_overflow_is_infinite_not_clamped():
