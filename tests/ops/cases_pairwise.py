@@ -132,13 +132,15 @@ def _draw(B: int, N: int, D: int, prior: bool, level: float, gate: int) -> Make:
 
 
 def _posterior_condition(args: tuple[Any, ...]) -> float:
-    """The largest logit, which is what rounds before the exponential."""
+    """What rounds before the exponential, the largest logit, times what cancels in the mean of rows of either sign."""
     if not args[0].numel():
         return 0.0
-    x_t, bank, signal, sigma = (v.double() for v in args[:4])
+    x_t, bank, signal, sigma, log_prior = (v.double() for v in args[:5])
     centre = bank.mean(0)
     a, b = x_t - signal[:, None] * centre, bank - centre
-    return float((signal * a.norm(dim=1) * b.norm(dim=1).max() / sigma**2).max())
+    logit = (signal * a.norm(dim=1) * b.norm(dim=1).max() / sigma**2).max()
+    p = log_posterior(x_t, bank, signal, sigma, log_prior).softmax(1)
+    return float((1 + logit) * (p @ bank.abs()).max() / (p @ bank).abs().max())
 
 
 def _balls(N: int, M: int, D: int) -> Make:
