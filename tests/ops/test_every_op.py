@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,14 +116,15 @@ CAPABILITIES = ["default", "avx2", "avx512"]
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability):
-    """The same values and gradients under each: this file again, with the choice forced."""
+    """The same values and gradients under each: this file, and what depends on the tile, with the choice forced."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower()):
         pytest.skip(f"this processor has no {capability}")
     if "cpu" not in back_ends("two_branch", "cpu"):
         pytest.skip(f"no compiled CPU library: {_backends.PROBLEMS['cpu']}")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_posterior.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
-        [*command, "-k", "test_values_and_gradients and cpu"],
+        [*command, "-k", "(test_values_and_gradients and cpu) or in_one_batch"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
