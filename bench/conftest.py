@@ -12,6 +12,9 @@ from .harness import compare as take
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="write bench/results/<device>/<name>.json")
+    parser.addoption(
+        "--patience", type=float, help="seconds that a benchmark may wait for a steady machine (0; with --record 60)"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -24,12 +27,15 @@ def compare(request, capsys, benchmark):
     """compare(case, *arguments) -> Record, printed."""
 
     def run(make, *args):
+        recording, patience = request.config.getoption("--record"), request.config.getoption("--patience")
+        if patience is None:
+            patience = 60.0 if recording else 0.0
         with capsys.disabled():
-            record = take(make, *args)
+            record = take(make, *args, patience=patience)
             print("\n" + shown(record))
         benchmark.extra_info.update(asdict(record))
         benchmark.pedantic(make(*args).modes[record.main]["imbdiff"], rounds=5, warmup_rounds=1)
-        if request.config.getoption("--record"):
+        if recording:
             if record.disturbed:
                 pytest.fail("nothing recorded, run it again alone: " + "; ".join(record.disturbed))
             record.save()

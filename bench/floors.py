@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from .timing import typical
+from .timing import on_cpu, typical
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
-_BEST = [0.0]
-"""GFLOP/s of the best product of this session."""
 
 
 def device() -> str:
@@ -27,11 +29,16 @@ def device_name() -> str:
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}-{torch.get_num_threads()}-threads"
 
 
-def gemm(dtype: torch.dtype = torch.float32) -> float:
+def gemm(dtype: torch.dtype = torch.float32, measure: Callable[[Callable[[], Any]], float] = typical) -> float:
     """GFLOP/s of a matrix product."""
+    a = square(dtype)
+    return 2 * len(a) ** 3 / measure(lambda: a @ a) / 1e3
+
+
+@functools.cache
+def square(dtype: torch.dtype) -> torch.Tensor:
     n = 8192 if torch.cuda.is_available() else 2048
-    a = torch.randn(n, n, device=device()).to(dtype)
-    return 2 * n**3 / typical(lambda: a @ a) / 1e3
+    return torch.randn(n, n, device=device()).to(dtype)
 
 
 def copy(bytes_moved: int) -> float:
@@ -42,32 +49,60 @@ def copy(bytes_moved: int) -> float:
 
 
 class Watch:
-    """Notices a machine that is not ours alone, in three ways.
+    """Notices a machine that is not ours alone, in two ways.
 
-    Other processes' time on our cores, from the start of the watch; a float32 product slower than 90 % of the best of
-    this session; or of the best that was ever recorded for this device, which a session on a busy machine can't reach.
+    Other processes' time on our cores, from the start of the watch. And a float32 product slower than 90 % of the best
+    that is known: of this watch, or ever recorded for this device, which a session on a busy machine can't reach. Other
+    tenants of a machine come and go within seconds, so a round of calls is begun when the product is fast, and kept if
+    it still is afterwards. What decides is the product alone, never the times of the round.
     """
 
     MOST_ELSEWHERE = 0.1
     LEAST_GEMM = 0.9
+    LEAST_ROUNDS = 5
+    PAUSE = 0.5
 
-    def __init__(self) -> None:
-        self.start = (time.perf_counter(), busy_seconds(), own_seconds())
-        self.gemms = [gemm()]
+    def __init__(self, patience: float) -> None:
+        """patience: seconds to spend on waiting, and on rounds that are not kept."""
+        self.clock, self.busy, self.own = time.perf_counter(), busy_seconds(), own_seconds()
+        self.patience, self.reasons = patience, list[str]()
+        self.best = max(gemm(), best_recorded())
+
+    def steady(self) -> bool:
+        return gemm(measure=lambda run: on_cpu(run, 1)()) >= self.LEAST_GEMM * self.best
+
+    def wait(self) -> bool:
+        """Until the machine is steady. False: the patience is over."""
+        while not self.steady():
+            if self.patience <= 0:
+                return False
+            time.sleep(self.PAUSE)
+            self.patience -= self.PAUSE
+        return True
+
+    def rounds(self, take: Callable[[], T], count: int) -> list[T]:
+        """Results of `take` from a steady machine, `count` of them or fewer; where it never is one, of any."""
+        taken: list[tuple[bool, T]] = []
+        least = min(count, self.LEAST_ROUNDS)
+        while sum(steady for steady, _ in taken) < count and (self.patience > 0 or len(taken) < least):
+            before, start = self.wait(), time.perf_counter()
+            result = take()
+            taken.append((before and self.steady(), result))
+            if not taken[-1][0]:
+                self.patience -= time.perf_counter() - start
+        kept = [result for steady, result in taken if steady]
+        if len(kept) >= least:
+            return kept
+        speed = f"a matrix product reached {self.LEAST_GEMM * self.best:.0f} GFLOP/s"
+        self.reasons.append(f"{speed} in {len(kept)} of {len(taken)} rounds only")
+        return [result for _, result in taken]
 
     def finish(self) -> list[str]:
         """Why what was measured since the start should not be kept; empty: it may be."""
-        self.gemms.append(gemm())
-        wall, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
-        elsewhere = (busy - self.start[1] - (own - self.start[2])) / (wall - self.start[0])
-        _BEST[0] = max(_BEST[0], *self.gemms)
-        best = max(_BEST[0], best_recorded())
-        reasons = []
-        if elsewhere > self.MOST_ELSEWHERE:
-            reasons.append(f"other processes used {elsewhere:.2f} cores")
-        if min(self.gemms) < self.LEAST_GEMM * best:
-            reasons.append(f"matrix product at {min(self.gemms):.0f} GFLOP/s, best known for this device {best:.0f}")
-        return reasons
+        wall, busy, own = time.perf_counter() - self.clock, busy_seconds() - self.busy, own_seconds() - self.own
+        if (elsewhere := (busy - own) / wall) > self.MOST_ELSEWHERE:
+            self.reasons.append(f"other processes used {elsewhere:.2f} cores")
+        return self.reasons
 
 
 def best_recorded() -> float:

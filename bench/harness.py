@@ -91,20 +91,22 @@ class Record:
         return file
 
 
-def compare(make: Callable[..., Case], *args: Any) -> Record:
+def compare(make: Callable[..., Case], *args: Any, patience: float = 0.0) -> Record:
+    """Takes a record of make(*args). patience: seconds to wait for a steady machine, see `floors.Watch`."""
     torch.manual_seed(0)
     case = make(*args)
     for mode, rivals in case.modes.items():
         check_agreement(case, mode, rivals)
     record = Record(case.op, case.shape, case.dtype, dict(case.bytes_moved), dict(case.flops))
     record.absent, record.facts = dict(case.absent), facts()
-    watch = floors.Watch()
+    watch = floors.Watch(patience)
+    watch.wait()
+    record.sgemm_gflop_s = round(floors.gemm(), 1)
     record.gemm_gflop_s = round(floors.gemm(getattr(torch, case.dtype)), 1)
     for mode, rivals in case.modes.items():
         record.copy_gb_s[mode] = round(floors.copy(case.bytes_moved[mode]), 2)
-        record.us[mode] = timing.in_turn(rivals)
+        record.us[mode] = timing.in_turn(rivals, watch.rounds)
     record.disturbed = watch.finish()
-    record.sgemm_gflop_s = round(max(watch.gemms), 1)
     for rival in case.modes[record.main]:
         module = f"bench.{make.__module__.rpartition('.')[2]}"
         record.extra_bytes[rival] = memory.extra(module, args, record.main, rival)

@@ -17,16 +17,16 @@ ROUNDS = 15
 Run = Callable[[], Any]
 
 
-def in_turn(runs: Mapping[str, Run]) -> dict[str, list[float]]:
-    """20th, 50th and 80th percentile for each, a block of each in every round. Call each once before: compilation."""
+def in_turn(runs: Mapping[str, Run], rounds: Callable[[Run, int], list[Any]]) -> dict[str, list[float]]:
+    """20th, 50th and 80th percentile for each, a block of each in every round. Call each once before: compilation.
+
+    rounds(take, count) calls `take` about that often and returns the results that count: `floors.Watch.rounds`.
+    """
     blocks = {name: block(run) for name, run in runs.items()}
     first = {name: timed() for name, (_, timed) in blocks.items()}
-    rounds = affordable(ROUNDS, sum(first[name] * calls for name, (calls, _) in blocks.items()))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, (_, timed) in blocks.items():
-            times[name].append(timed())
-    return {name: percentiles(values) for name, values in times.items()}
+    count = affordable(ROUNDS, sum(first[name] * calls for name, (calls, _) in blocks.items()))
+    taken = rounds(lambda: {name: timed() for name, (_, timed) in blocks.items()}, count)
+    return {name: percentiles([times[name] for times in taken]) for name in runs}
 
 
 def affordable(rounds: int, us: float) -> int:

@@ -53,28 +53,57 @@ def test_extra_memory_of_known_operations(call, megabytes):
     assert int(done.stdout) / 1e6 == pytest.approx(megabytes, abs=0.6)
 
 
-@pytest.mark.parametrize(
-    ("elsewhere", "gemms", "recorded", "reasons"),
-    [
-        (0.0, [100, 95], 0, []),
-        (0.5, [100, 95], 0, ["other processes used 0.50 cores"]),
-        (0.0, [100, 80], 0, ["matrix product at 80 GFLOP/s, best known for this device 100"]),
-        (0.0, [70, 71], 100, ["matrix product at 70 GFLOP/s, best known for this device 100"]),
-    ],
-    ids=["quiet", "others", "slows down", "slow from the start"],
-)
-def test_the_watch(monkeypatch, elsewhere, gemms, recorded, reasons):
+class Machine:
+    """A clock, and a matrix product that is as fast as a list says; every call of either takes a second."""
+
+    def __init__(self, monkeypatch, speeds, recorded=0.0):
+        from bench import floors
+
+        self.now, self.speeds = 0.0, iter(speeds)
+        monkeypatch.setattr(floors, "gemm", lambda **_: next(self.speeds))
+        monkeypatch.setattr(floors, "best_recorded", lambda: recorded)
+        monkeypatch.setattr(floors.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(floors.time, "sleep", self.wait)
+
+    def wait(self, seconds):
+        self.now += seconds
+
+    def take(self):
+        """A round; its result is when it began."""
+        self.wait(1)
+        return self.now - 1
+
+
+@pytest.mark.parametrize(("elsewhere", "reasons"), [(0.0, []), (0.5, ["other processes used 0.50 cores"])])
+def test_the_watch_sees_other_processes(monkeypatch, elsewhere, reasons):
     from bench import floors
 
-    clock, products = iter([0.0, 10.0]), iter(gemms)
-    monkeypatch.setattr(floors, "_BEST", [0.0])
-    monkeypatch.setattr(floors, "gemm", lambda: next(products))
-    monkeypatch.setattr(floors, "best_recorded", lambda: recorded)
-    monkeypatch.setattr(floors.time, "perf_counter", lambda: next(clock))
+    machine = Machine(monkeypatch, [100])
     busy, own = iter([100.0, 118.0 + 10 * elsewhere]), iter([1.0, 19.0])
     monkeypatch.setattr(floors, "busy_seconds", lambda: next(busy))
     monkeypatch.setattr(floors, "own_seconds", lambda: next(own))
-    assert floors.Watch().finish() == reasons
+    watch = floors.Watch(0)
+    machine.wait(10)
+    assert watch.finish() == reasons
+
+
+def test_the_watch_keeps_rounds_of_a_steady_machine(monkeypatch):
+    from bench import floors
+
+    #                         best  slow      a round that slows down, waited for, and good ones
+    machine = Machine(monkeypatch, [100, 80, 85, 95, 70, 60, *[91] * 12])
+    watch = floors.Watch(60)
+    assert watch.rounds(machine.take, 6) == [2.5, 3.5, 4.5, 5.5, 6.5, 7.5]  # 0.5 s twice, the round at 1, 0.5 s
+    assert not watch.reasons
+
+
+def test_a_watch_that_loses_its_patience_says_so(monkeypatch):
+    from bench import floors
+
+    machine = Machine(monkeypatch, [70, *[71] * 100], recorded=100)
+    watch = floors.Watch(2)
+    assert len(watch.rounds(machine.take, 15)) == 5
+    assert watch.reasons == ["a matrix product reached 90 GFLOP/s in 0 of 5 rounds only"]
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc/stat")
