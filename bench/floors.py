@@ -84,12 +84,15 @@ class Watch:
         """Results of `take` from a steady machine, `count` of them or fewer; where it never is one, of any."""
         taken: list[tuple[bool, T]] = []
         least = min(count, self.LEAST_ROUNDS)
-        while sum(steady for steady, _ in taken) < count and (self.patience > 0 or len(taken) < least):
+        while sum(steady for steady, _ in taken) < count:
             before, start = self.wait(), time.perf_counter()
             result = take()
-            taken.append((before and self.steady(), result))
-            if not taken[-1][0]:
+            steady = before and self.steady()
+            taken.append((steady, result))
+            if not steady:
                 self.patience -= time.perf_counter() - start
+                if self.patience <= 0 and len(taken) >= least:
+                    break
         kept = [result for steady, result in taken if steady]
         if len(kept) >= least:
             return kept

@@ -115,7 +115,7 @@ def main() -> int:
         # Each tensor is an allocation of its own, or a read behind one would be a read of the next.
         report.run(tool, watched, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     since = time.time()
-    report.run("bench", [*pytest, str(ROOT / "bench"), "--record"], SECONDS)
+    report.run("bench", [*pytest, str(ROOT / "bench"), "--record", "--patience", "5"], SECONDS)
     records(report, folder, since)
     return int(report.failed)
 

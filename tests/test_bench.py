@@ -91,10 +91,11 @@ def test_the_watch_keeps_rounds_of_a_steady_machine(monkeypatch):
     from bench import floors
 
     #                         best  slow      a round that slows down, waited for, and good ones
-    machine = Machine(monkeypatch, [100, 80, 85, 95, 70, 60, *[91] * 12])
+    machine = Machine(monkeypatch, [100, 80, 85, 95, 70, 60, *[91] * 17])
     watch = floors.Watch(60)
     assert watch.rounds(machine.take, 6) == [2.5, 3.5, 4.5, 5.5, 6.5, 7.5]  # 0.5 s twice, the round at 1, 0.5 s
     assert not watch.reasons
+    assert len(floors.Watch(0).rounds(machine.take, 2)) == 2  # nothing has to be waited for
 
 
 def test_a_watch_that_loses_its_patience_says_so(monkeypatch):
