@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 BLOCK_US = 2000
-"""Calls of one rival are made in blocks at least this long; its caches are as its own last call left them."""
+"""Calls of one rival are made in blocks at least this long."""
+LONG_US = 20_000
+"""Before a block comes a call that is not timed, so that caches are as the rival's own last call left them; where a
+call takes longer than this, what lies in the caches before it makes no difference."""
 ROUNDS = 15
 
 Run = Callable[[], Any]
@@ -52,8 +55,15 @@ def typical(run: Run) -> float:
 def block(run: Run) -> tuple[int, Run]:
     """(calls, f): f makes that many calls and returns the microseconds of one."""
     loop = on_gpu if torch.cuda.is_available() else on_cpu
-    calls = max(1, math.ceil(BLOCK_US / max(on_cpu(run, 1)(), 0.1)))
-    return calls, loop(run, calls)
+    first = max(on_cpu(run, 1)(), 0.1)
+    calls = max(1, math.ceil(BLOCK_US / first))
+    timed = loop(run, calls)
+
+    def warmed() -> float:
+        run()
+        return timed()
+
+    return calls, warmed if first < LONG_US else timed
 
 
 def on_cpu(run: Run, calls: int) -> Callable[[], float]:
