@@ -54,7 +54,7 @@ def test_extra_memory_of_known_operations(call, megabytes):
 
 
 class Machine:
-    """A clock, and a matrix product that is as fast as a list says; every call of either takes a second."""
+    """A clock that waiting and rounds move, and a matrix product that is as fast as a list says."""
 
     def __init__(self, monkeypatch, speeds, recorded=0.0):
         from bench import floors
