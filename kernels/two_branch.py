@@ -19,16 +19,16 @@ def squared_difference(x, y):
 
 @triton.jit
 def means_and_terms(sums, row, exists, B, D, extra, outputs):
-    """base, terms and distance of a row; extra = (weight [K, B], scales [K, 3], margin [K])."""
+    """base, terms and distance of a row; extra = (weight [K, B], scales [K, 3], margin: K numbers)."""
     weight, scales, margin = extra
     base, terms, distance = outputs
     tl.store(base + row, sums[0] / D, mask=exists)
     for k in tl.static_range(1, len(sums)):
         at = (k - 1) * B + row
         apart = sums[k] / D
-        short = tl.load(margin + k - 1) - apart
+        short = margin[k - 1] - apart
         # Not tl.maximum, which would turn a NaN into 0.
-        loss = tl.where(tl.load(margin + k - 1) == 0, apart, tl.where(short < 0, 0.0, short))
+        loss = tl.where(margin[k - 1] == 0, apart, tl.where(short < 0, 0.0, short))
         value = tl.load(scales + (k - 1) * 3 + 2) * tl.load(weight + at, mask=exists, other=0.0)
         tl.store(terms + at, value * loss, mask=exists)
         tl.store(distance + at, apart, mask=exists)
@@ -51,7 +51,7 @@ def grad_kernel(
         if NEEDS[0] or NEEDS[k + 1]:
             at = k * B + row
             apart = tl.load(distance + at, mask=exists, other=0.0)
-            bound = tl.load(margin + k)
+            bound = margin[k]
             # A NaN distance pushes, so that the NaN of the row is passed on.
             sign = tl.where(bound == 0, 1.0, tl.where(bound <= apart, 0.0, -1.0))
             chain = tl.load(grad_terms + at, mask=exists, other=0.0) * tl.load(weight + at, mask=exists, other=0.0)
@@ -66,7 +66,7 @@ def grad_kernel(
 
 
 def two_branch(
-    own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor, scales: Tensor, margin: Tensor
+    own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor, scales: Tensor, margin: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, D), K = own.shape, len(others)
     base, terms, distance = (own.new_empty(shape, dtype=torch.float32) for shape in ((B,), (K, B), (K, B)))
@@ -74,14 +74,14 @@ def two_branch(
         return base.fill_(torch.nan), terms.fill_(torch.nan), distance.fill_(torch.nan)
     if B > 0:
         with torch.cuda.device_of(own):
-            extra, outputs = (weight, scales, margin), (base, terms, distance)
+            extra, outputs = (weight, scales, tuple(margin)), (base, terms, distance)
             rows.sum_rows(own, [target, *others], extra, outputs, squared_difference, means_and_terms)
     return base, terms, distance
 
 
 def two_branch_bwd(
     grad_base: Tensor, grad_terms: Tensor, own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor,
-    scales: Tensor, margin: Tensor, distance: Tensor, needs: Sequence[bool],
+    scales: Tensor, margin: Sequence[float], distance: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     B, D = own.shape
     grads = [own.new_empty((B, D) if need else (0,)) for need in needs]
@@ -90,7 +90,7 @@ def two_branch_bwd(
         with torch.cuda.device_of(own):
             grad_kernel[triton.cdiv(B, tile.rows), triton.cdiv(D, tile.columns)](
                 rows.pair(own), rows.pair(target), tuple(rows.pair(x) for x in others),
-                grad_base, grad_terms, weight, scales, margin, distance, grads[0], tuple(grads[1:]), B, D,
+                grad_base, grad_terms, weight, scales, tuple(margin), distance, grads[0], tuple(grads[1:]), B, D,
                 NEEDS=tuple(needs), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
     return grads[0], grads[1:]

@@ -62,8 +62,8 @@ struct Rows {
 };
 
 template <class T>
-void forward(const Rows& rows, const Acc<T>* weight, const Acc<T>* scales, const Acc<T>* margin, Acc<T>* base, Acc<T>* terms,
-             Acc<T>* distance) {
+void forward(const Rows& rows, const Acc<T>* weight, const Acc<T>* scales, const std::vector<double>& margin, Acc<T>* base,
+             Acc<T>* terms, Acc<T>* distance) {
   const Problem& p = rows.problem;
   const auto run = IMBDIFF_BY_ISA(forward<T>);
   const int64_t B = p.rows, K = p.others;
@@ -80,13 +80,13 @@ void forward(const Rows& rows, const Acc<T>* weight, const Acc<T>* scales, const
       }
       const int64_t at = (k - 1) * B + i;
       distance[at] = d;
-      terms[at] = scales[(k - 1) * 3 + 2] * weight[at] * penalty(margin[k - 1], d);
+      terms[at] = scales[(k - 1) * 3 + 2] * weight[at] * penalty(static_cast<Acc<T>>(margin[k - 1]), d);
     }
 }
 
 template <class T>
 void backward(const Rows& rows, const Acc<T>* grad_base, const Acc<T>* grad_terms, const Acc<T>* weight, const Acc<T>* scales,
-              const Acc<T>* margin, const Acc<T>* distance, T* const* grads) {
+              const std::vector<double>& margin, const Acc<T>* distance, T* const* grads) {
   const Problem& p = rows.problem;
   const auto run = IMBDIFF_BY_ISA(backward<T>);
   const int64_t B = p.rows, K = p.others;
@@ -96,7 +96,7 @@ void backward(const Rows& rows, const Acc<T>* grad_base, const Acc<T>* grad_term
   for (int64_t i = 0; i < B; ++i) base[i] = grad_base[i] * twice_mean;
   for (int64_t k = 0; k < K; ++k)
     for (int64_t at = k * B; at < (k + 1) * B; ++at) {
-      const Acc<T> c = grad_terms[at] * weight[at] * slope(margin[k], distance[at]) * twice_mean;
+      const Acc<T> c = grad_terms[at] * weight[at] * slope(static_cast<Acc<T>>(margin[k]), distance[at]) * twice_mean;
       pull[at] = scales[k * 3] * c;
       push[at] = scales[k * 3 + 1] * c;
     }
@@ -104,7 +104,7 @@ void backward(const Rows& rows, const Acc<T>* grad_base, const Acc<T>* grad_term
 }
 
 std::tuple<Tensor, Tensor, Tensor> two_branch(const Tensor& own, const Tensor& target, const std::vector<Tensor>& others,
-                                              const Tensor& weight, const Tensor& scales, const Tensor& margin) {
+                                              const Tensor& weight, const Tensor& scales, const std::vector<double>& margin) {
   const int64_t B = own.size(0), K = others.size();
   Tensor base = torch::stable::new_empty(weight, {B});
   Tensor terms = torch::stable::new_empty(weight, {K, B}), distance = torch::stable::new_empty(weight, {K, B});
@@ -112,14 +112,14 @@ std::tuple<Tensor, Tensor, Tensor> two_branch(const Tensor& own, const Tensor& t
     using T = decltype(element);
     const auto in = [](const Tensor& t) { return static_cast<const Acc<T>*>(t.const_data_ptr()); };
     const auto out = [](const Tensor& t) { return static_cast<Acc<T>*>(t.mutable_data_ptr()); };
-    forward<T>(Rows(own, target, others), in(weight), in(scales), in(margin), out(base), out(terms), out(distance));
+    forward<T>(Rows(own, target, others), in(weight), in(scales), margin, out(base), out(terms), out(distance));
   });
   return {base, terms, distance};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> two_branch_bwd(
     const Tensor& grad_base, const Tensor& grad_terms, const Tensor& own, const Tensor& target,
-    const std::vector<Tensor>& others, const Tensor& weight, const Tensor& scales, const Tensor& margin,
+    const std::vector<Tensor>& others, const Tensor& weight, const Tensor& scales, const std::vector<double>& margin,
     const Tensor& distance, const std::vector<bool>& needs) {
   const int64_t B = own.size(0), D = own.size(1), K = others.size();
   const auto make = [&](bool need) {
@@ -136,7 +136,7 @@ std::tuple<Tensor, std::vector<Tensor>> two_branch_bwd(
     };
     std::vector<T*> out;
     for (int64_t k = 0; k <= K; ++k) out.push_back(to(k));
-    backward<T>(Rows(own, target, others), in(grad_base), in(grad_terms), in(weight), in(scales), in(margin), in(distance),
+    backward<T>(Rows(own, target, others), in(grad_base), in(grad_terms), in(weight), in(scales), margin, in(distance),
                 out.data());
   });
   return {grad_own, grads};

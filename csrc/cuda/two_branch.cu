@@ -10,7 +10,10 @@ template <class T> struct Inputs {
   Rows<T> own, target, others[kMost];
   int64_t B, D;
 };
-struct Small { const float *weight, *scales, *margin; };
+struct Small {
+  const float *weight, *scales;
+  float margin[kMost];  // 0 for a pull
+};
 struct Outputs { float *base, *terms, *distance; };
 template <class T> struct Gradients { T *own, *others[kMost]; };
 
@@ -23,9 +26,12 @@ template <class T> int64_t workspace(int64_t B, int64_t D, int K) {
 template <int K> __device__ void finish(const Sum<1 + K>& sums, int64_t i, int64_t B, int64_t D, Small small, Outputs out) {
   const int thread = threadIdx.x;  // k + 1
   if (thread > K) return;
-  float sum = 0;
+  float sum = 0, margin = 0;  // chosen, not indexed: registers have no addresses
 #pragma unroll
-  for (int k = 0; k <= K; ++k) sum = thread == k ? sums.v[k] : sum;
+  for (int k = 0; k <= K; ++k) {
+    sum = thread == k ? sums.v[k] : sum;
+    if (k > 0) margin = thread == k ? small.margin[k - 1] : margin;
+  }
   const float mean = sum / static_cast<float>(D);
   if (thread == 0) {
     out.base[i] = mean;
@@ -34,7 +40,7 @@ template <int K> __device__ void finish(const Sum<1 + K>& sums, int64_t i, int64
   const int k = thread - 1;
   const int64_t at = k * B + i;
   out.distance[at] = mean;
-  out.terms[at] = small.scales[3 * k + 2] * small.weight[at] * penalty(small.margin[k], mean);
+  out.terms[at] = small.scales[3 * k + 2] * small.weight[at] * penalty(margin, mean);
 }
 
 template <class T, int K>
@@ -145,15 +151,21 @@ template <class T> Inputs<T> inputs(const Tensor& own, const Tensor& target, con
   return x;
 }
 
+Small small(const Tensor& weight, const Tensor& scales, const std::vector<double>& margin) {
+  Small s{in(weight), in(scales), {}};
+  for (size_t k = 0; k < margin.size() && k < kMost; ++k) s.margin[k] = static_cast<float>(margin[k]);
+  return s;
+}
+
 std::tuple<Tensor, Tensor, Tensor> two_branch(const Tensor& own, const Tensor& target, const std::vector<Tensor>& others,
-                                              const Tensor& weight, const Tensor& scales, const Tensor& margin) {
+                                              const Tensor& weight, const Tensor& scales, const std::vector<double>& margin) {
   const torch::stable::accelerator::DeviceGuard guard(own.get_device_index());
   const int64_t B = own.size(0), K = others.size();
   Tensor base = floats(own, {B}), terms = floats(own, {K, B}), distance = floats(own, {K, B});
   by_dtype(own, [&](auto element) {
     using T = decltype(element);
     const Tensor partial = floats(own, {workspace<T>(B, own.size(1), K)});
-    forward<T>(inputs<T>(own, target, others), K, {in(weight), in(scales), in(margin)}, {out(base), out(terms), out(distance)},
+    forward<T>(inputs<T>(own, target, others), K, small(weight, scales, margin), {out(base), out(terms), out(distance)},
                out(partial), current_stream(own));
   });
   return {base, terms, distance};
@@ -161,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> two_branch(const Tensor& own, const Tensor& t
 
 std::tuple<Tensor, std::vector<Tensor>> two_branch_bwd(
     const Tensor& grad_base, const Tensor& grad_terms, const Tensor& own, const Tensor& target,
-    const std::vector<Tensor>& others, const Tensor& weight, const Tensor& scales, const Tensor& margin,
+    const std::vector<Tensor>& others, const Tensor& weight, const Tensor& scales, const std::vector<double>& margin,
     const Tensor& distance, const std::vector<bool>& needs) {
   const torch::stable::accelerator::DeviceGuard guard(own.get_device_index());
   const int64_t B = own.size(0), D = own.size(1), K = others.size();
@@ -182,7 +194,7 @@ std::tuple<Tensor, std::vector<Tensor>> two_branch_bwd(
     const Inputs<T> x = inputs<T>(own, target, others);
     Gradients<T> g{to(grad_own, needs[0]), {}};
     for (int64_t k = 0; k < K; ++k) g.others[k] = to(grads[k], needs[1 + k]);
-    backward<T>(x, K, {in(weight), in(scales), in(margin)}, in(grad_base), in(grad_terms), in(distance), g,
+    backward<T>(x, K, small(weight, scales, margin), in(grad_base), in(grad_terms), in(distance), g,
                 current_stream(own));
   });
   return {grad_own, grads};

@@ -105,7 +105,12 @@ def row_weight(op: str, weight: Tensor | None, x: Tensor) -> Tensor:
     acc = accumulator(x.dtype)
     if weight is None:
         return x.new_empty(0, dtype=acc)
-    return constant(op, "weight", tensor(op, "weight", weight, x.shape[:1], "[N]", like=x)).to(acc).contiguous()
+    return small(constant(op, "weight", tensor(op, "weight", weight, x.shape[:1], "[N]", like=x)), acc)
+
+
+def small(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` dense and of this type. Asks first: a conversion of nothing costs as much as all checks of a call."""
+    return value if value.dtype == dtype and value.is_contiguous() else value.to(dtype).contiguous()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ def logvar(op: str, name: str, value: Tensor | float, mean_name: str, mean: Tens
         _check.tensor(op, name, value.view(1), (1,), "a scalar", like=mean)
         return value.to(acc).expand(one).contiguous()
     if isinstance(value, Tensor) and value.shape == one:
-        return _check.tensor(op, name, value, one, "[..., 1]", like=mean).to(acc).contiguous()
+        return _check.small(_check.tensor(op, name, value, one, "[..., 1]", like=mean), acc)
     symbols = f"{mean_name}'s shape, that with a last 1, or a scalar"
     _check.same_dtype(op, mean_name, mean, name, _check.tensor(op, name, value, mean.shape, symbols, like=mean))
     return value if value.stride(-1) == 1 else value.contiguous()

@@ -129,13 +129,16 @@ def derive(
     """The operation's `backward`, whose results refuse to be differentiated again."""
     derivative = REGISTRY[name].backward
     assert derivative is not None
+    bwd = _CALLS.get(f"{name}_bwd_{backend}")
+    if not torch.is_grad_enabled():  # by far the most calls, and a guard that changes nothing takes microseconds
+        return derivative(bwd, needs, grads, args, kept)
     with torch.no_grad():
-        got = derivative(_CALLS.get(f"{name}_bwd_{backend}"), needs, grads, args, kept)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        spread = [x for a in args for x in (a if isinstance(a, list) else [a])]
-        inputs = [x for x in (*grads, *spread, *kept) if isinstance(x, Tensor)]
-        got = [g if g is None else NoSecondDerivative.apply(name, g, *inputs) for g in got]
-    return got
+        got = derivative(bwd, needs, grads, args, kept)
+    if torch.compiler.is_compiling():
+        return got
+    spread = [x for a in args for x in (a if isinstance(a, list) else [a])]
+    inputs = [x for x in (*grads, *spread, *kept) if isinstance(x, Tensor)]
+    return [g if g is None else NoSecondDerivative.apply(name, g, *inputs) for g in got]
 
 
 def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -7,12 +7,12 @@ import hashlib
 
 SCHEMAS = {
     "two_branch": (
-        "(Tensor own, Tensor target, Tensor[] others, Tensor weight, Tensor scales, Tensor margin)"
+        "(Tensor own, Tensor target, Tensor[] others, Tensor weight, Tensor scales, float[] margin)"
         " -> (Tensor, Tensor, Tensor)"
     ),
     "two_branch_bwd": (
         "(Tensor grad_base, Tensor grad_terms, Tensor own, Tensor target, Tensor[] others, Tensor weight,"
-        " Tensor scales, Tensor margin, Tensor distance, bool[] needs) -> (Tensor, Tensor[])"
+        " Tensor scales, float[] margin, Tensor distance, bool[] needs) -> (Tensor, Tensor[])"
     ),
     "negative_distance": (
         "(Tensor x, Tensor negatives, Tensor weight, float scale, bool include_self, bool per_row, bool split_k)"

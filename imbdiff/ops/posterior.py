@@ -28,12 +28,12 @@ def _common(
     small = []
     for name, value in (("signal", signal), ("sigma", sigma)):
         _check.constant(op, name, _check.tensor(op, name, value, (B,), "[B]", like=x_t))
-        small.append(value.to(acc).contiguous())
+        small.append(_check.small(value, acc))
     if log_prior is None:
         small.append(x_t.new_empty(0, dtype=acc))
     else:
         _check.constant(op, "log_prior", _check.tensor(op, "log_prior", log_prior, (N,), "[N]", like=x_t))
-        small.append(log_prior.to(acc).contiguous())
+        small.append(_check.small(log_prior, acc))
     return _check.rows(x_t), _check.rows(bank), *small
 
 

@@ -58,7 +58,7 @@ def product_of_gaussians(
     else:
         exponents = _exponents(op, exponents, K, B, first)
     backend = _backends.choose(op, first, K)
-    mean, log_precision, log_normalizer = call(op, backend, rows, spread, exponents.to(acc).contiguous())
+    mean, log_precision, log_normalizer = call(op, backend, rows, spread, _check.small(exponents, acc))
     return mean.view(first.shape), log_precision.view(first.shape), log_normalizer
 
 

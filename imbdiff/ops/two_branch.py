@@ -57,7 +57,7 @@ def two_branch_loss(
     """
     _check.tensor(_OP, "own", own, symbols="[B, ...]")
     others = list(others)
-    K, B = len(others), len(own)
+    K, B = len(others), own.shape[0]
     _check.constant(_OP, "target", _check.same(_OP, "target", target, "own", own))
     for k, other in enumerate(others):
         _check.same(_OP, f"others[{k}]", other, "own", own)
@@ -68,7 +68,7 @@ def two_branch_loss(
     _check.constant(_OP, "weight", _check.tensor(_OP, "weight", weight, (K, B), "[K, B]", like=own))
     _check.constant(_OP, "scales", _check.tensor(_OP, "scales", scales, (K, 3), "[K, 3]", like=own))
     acc = _check.accumulator(own.dtype)
-    small = (weight.to(acc).contiguous(), scales.to(acc).contiguous(), _margins(margin, K, weight, acc))
+    small = (_check.small(weight, acc), _check.small(scales, acc), _margins(margin, K))
     rows = [_check.rows(x) for x in others]
     base, terms = call(
         "two_branch", _backends.choose("two_branch", own, K), _check.rows(own), _check.rows(target), rows, *small
@@ -76,16 +76,16 @@ def two_branch_loss(
     return base, terms
 
 
-def _margins(margin: Sequence[float | None] | None, K: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K], 0 for a pull."""
+def _margins(margin: Sequence[float | None] | None, K: int) -> list[float]:
+    """K numbers, 0 for a pull."""
     if margin is None:
-        return weight.new_zeros(K, dtype=dtype)
+        return [0.0] * K
     if len(margin) != K:
         raise ValueError(f"{_OP}: margin must have K = {K} entries, one for each of others, got {len(margin)}")
     for k, m in enumerate(margin):
         if m is not None and not (math.isfinite(m) and m > 0):
             raise ValueError(f"{_OP}: margin[{k}] must be a positive finite number or None (pull), got {m!r}")
-    return weight.new_tensor([m or 0 for m in margin], dtype=dtype)
+    return [float(m or 0) for m in margin]
 
 
 def _fake(
@@ -95,7 +95,7 @@ def _fake(
     others: Sequence[Tensor],
     weight: Tensor,
     scales: Tensor,
-    margin: Tensor,
+    margin: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, B, K = _check.accumulator(own.dtype), own.shape[0], len(others)
     return own.new_empty(B, dtype=acc), own.new_empty(K, B, dtype=acc), own.new_empty(K, B, dtype=acc)
@@ -109,7 +109,7 @@ def _fake_bwd(
     others: Sequence[Tensor],
     weight: Tensor,
     scales: Tensor,
-    margin: Tensor,
+    margin: Sequence[float],
     distance: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:

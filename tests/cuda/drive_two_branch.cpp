@@ -5,6 +5,13 @@
 namespace {
 using namespace imbdiff;
 
+// From weight, scales and the margins.
+two_branch::Small small_of(const float** small, int K) {
+  two_branch::Small s{small[0], small[1], {}};
+  for (int k = 0; k < K; ++k) s.margin[k] = small[2][k];
+  return s;
+}
+
 // rows: own, target, others; strides likewise.
 template <class T> two_branch::Inputs<T> inputs(int64_t B, int64_t D, int K, void** rows, const int64_t* strides) {
   const auto at = [&](int n) { return Rows<T>{static_cast<const T*>(rows[n]), strides[n]}; };
@@ -24,7 +31,7 @@ int64_t two_branch_scratch(int dtype, int64_t B, int64_t D, int K) {
 void two_branch_forward(int dtype, int64_t B, int64_t D, int K, void** rows, const int64_t* strides, const float** small, float** outputs,
                 float* scratch) {
   typed(dtype, [&](auto t) {
-    two_branch::forward<decltype(t)>(inputs<decltype(t)>(B, D, K, rows, strides), K, {small[0], small[1], small[2]},
+    two_branch::forward<decltype(t)>(inputs<decltype(t)>(B, D, K, rows, strides), K, small_of(small, K),
                                      {outputs[0], outputs[1], outputs[2]}, scratch, nullptr);
   });
 }
@@ -35,7 +42,7 @@ void two_branch_backward(int dtype, int64_t B, int64_t D, int K, void** rows, co
     using T = decltype(t);
     two_branch::Gradients<T> g{static_cast<T*>(grads[0]), {}};
     for (int k = 0; k < K; ++k) g.others[k] = static_cast<T*>(grads[1 + k]);
-    two_branch::backward<T>(inputs<T>(B, D, K, rows, strides), K, {small[0], small[1], small[2]}, small[3], small[4], small[5], g,
+    two_branch::backward<T>(inputs<T>(B, D, K, rows, strides), K, small_of(small, K), small[3], small[4], small[5], g,
                             nullptr);
   });
 }

@@ -41,7 +41,7 @@ def launches(torch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     ]:
         for D, K in sizes:
             own, *others = (torch.zeros(B, D, dtype=dtype) for _ in range(1 + K))
-            small = (torch.zeros(K, B), torch.zeros(K, 3), torch.zeros(K))
+            small = (torch.zeros(K, B), torch.zeros(K, 3), [0.0] * K)
             name = f"two_branch {dtype} D={D} K={K}"
             yield name, lambda o=own, r=others, s=small: two_branch.two_branch(o, o, r, *s)
             args = (torch.zeros(B), small[0], own, own, others, *small, small[0], [True] * (1 + K))

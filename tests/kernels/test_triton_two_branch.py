@@ -16,20 +16,21 @@ from imbdiff.kernels import two_branch as kernels
 from imbdiff.ops.reference import two_branch as plain
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-MARGINS = torch.tensor([0.0, 2.0, 0.0, 9.0])  # pull, a push that acts on about half of the rows, pull, a push on all
+MARGINS = [0.0, 2.0, 0.0, 9.0]  # pull, a push that acts on about half of the rows, pull, a push on all
 SIZES = [(1, 1), (5, 3), (9, 100), (3, 129), (3, 513), (2, 1025), (2, 4097), (17, 72)]
 
 
-def reference(own: Tensor, target: Tensor, others: list[Tensor], weight: Tensor, scales: Tensor, margin: Tensor):
+def reference(own: Tensor, target: Tensor, others: list[Tensor], weight: Tensor, scales: Tensor, margin: list[float]):
+    bound = own.new_tensor(margin)[:, None]
     base = (own - target).square().mean(1)
     distance = torch.stack([(own - o).square().mean(1) for o in others]) if others else weight.new_zeros(0, len(own))
-    loss = torch.where(margin[:, None] == 0, distance, (margin[:, None] - distance).clamp(min=0))
+    loss = torch.where(bound == 0, distance, (bound - distance).clamp(min=0))
     return base, scales[:, 2:] * weight * loss, distance
 
 
 def reference_bwd(grad_base, grad_terms, own, target, others, weight, scales, margin, distance):
-    D = own.shape[1]
-    sign = torch.where(margin[:, None] == 0, 1.0, -(margin[:, None] > distance).to(own.dtype))
+    D, bound = own.shape[1], own.new_tensor(margin)[:, None]
+    sign = torch.where(bound == 0, 1.0, -(bound > distance).to(own.dtype))
     c = grad_terms * weight * sign * 2 / D
     own_grad = grad_base[:, None] * 2 / D * (own - target)
     for k, other in enumerate(others):
@@ -40,12 +41,14 @@ def reference_bwd(grad_base, grad_terms, own, target, others, weight, scales, ma
 def inputs(B: int, D: int, K: int, dtype: torch.dtype, guard: Callable[..., Tensor] = lambda x, gap=0: x):
     g = torch.Generator().manual_seed(B * 10000 + D * 10 + K)
     tensors = [guard(torch.randn(B, D, generator=g).to(dtype), gap) for gap in (0, 5, 3, 0, 1, 2)][: 2 + K]
-    small = [torch.rand(K, B, generator=g), torch.randn(K, 3, generator=g), MARGINS[:K]]
+    small = [torch.rand(K, B, generator=g), torch.randn(K, 3, generator=g)]
     grads = [torch.randn(B, generator=g), torch.randn(K, B, generator=g)]
-    return tensors[0], tensors[1], tensors[2:], *(guard(x) for x in small), *(guard(x) for x in grads)
+    return tensors[0], tensors[1], tensors[2:], *(guard(x) for x in small), MARGINS[:K], *(guard(x) for x in grads)
 
 
 def cast(value, dtype: torch.dtype):
+    if isinstance(value, float):
+        return value
     return [cast(v, dtype) for v in value] if isinstance(value, (list, tuple)) else value.to(dtype)
 
 
@@ -148,7 +151,7 @@ def test_nan_comes_out_where_it_went_in():
 def test_a_push_whose_distance_is_nan_has_the_slope_of_the_reference():
     own, target, others, weight, scales, _, grad_base, grad_terms = inputs(3, 5, 1, torch.float32)
     own[1, 2] = torch.nan
-    args = (own, target, others, weight, scales, torch.tensor([0.5]))
+    args = (own, target, others, weight, scales, [0.5])
     distance = kernels.two_branch(*args)[2]
     got = kernels.two_branch_bwd(grad_base, grad_terms, *args, distance, [True, True])
     want = plain.two_branch_bwd(grad_base, grad_terms, *args, distance, [True, True])

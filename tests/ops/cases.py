@@ -29,7 +29,7 @@ def _two_branch(B: int, D: int, K: int, margins: list[float], layout: str) -> Ca
             others,
             torch.randn(K, B, dtype=acc),
             torch.randn(K, 3, dtype=acc),
-            torch.tensor(margins[:K], dtype=acc),
+            margins[:K],
         )
 
     return make

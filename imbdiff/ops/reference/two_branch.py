@@ -12,7 +12,7 @@ from imbdiff.ops.reference._vjp import vjp
 
 
 def two_branch(
-    own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor, scales: Tensor, margin: Tensor
+    own: Tensor, target: Tensor, others: Sequence[Tensor], weight: Tensor, scales: Tensor, margin: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(base [B], terms [K, B], distance [K, B]); a margin of 0 is a pull."""
     acc = accumulator(own.dtype)
@@ -21,7 +21,7 @@ def two_branch(
         return (a.to(acc) - b.to(acc)).square().mean(1)
 
     def term(k: int, d: Tensor) -> Tensor:
-        return weight[k] * torch.where(margin[k] == 0, d, (margin[k] - d).relu())
+        return weight[k] * (d if margin[k] == 0 else (margin[k] - d).relu())
 
     terms, distances = [], []
     for k, other in enumerate(others):
@@ -48,7 +48,7 @@ def two_branch_bwd(
     others: Sequence[Tensor],
     weight: Tensor,
     scales: Tensor,
-    margin: Tensor,
+    margin: Sequence[float],
     distance: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
