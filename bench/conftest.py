@@ -50,7 +50,7 @@ def shown(record):
         others = "  ".join(f"{rival} {record.ratio(mode, rival):.2f}x" for rival in times if rival != "imbdiff")
         lines.append(
             f"  {mode:16} {times['imbdiff'][1]:10.1f} us  {record.of_copy(mode):5.0%} of copy"
-            f"  {record.of_gemm(mode):5.0%} of gemm   {others}"
+            f"  {record.of_gemm(mode):5.0%} of gemm   {others}  (rounds {'/'.join(map(str, record.rounds[mode]))})"
         )
     memory = "  ".join(f"{rival} {b / 1e6:.1f}" for rival, b in record.extra_bytes.items() if b is not None)
     lines.append(f"  extra memory, MB {memory}")

@@ -66,6 +66,7 @@ class Watch:
         """patience: seconds to spend on waiting, and on rounds that are not kept."""
         self.clock, self.busy, self.own = time.perf_counter(), busy_seconds(), own_seconds()
         self.patience, self.reasons = patience, list[str]()
+        self.counts = (0, 0)  # rounds that were kept and taken, last
         self.best = max(gemm(), best_recorded())
 
     def steady(self) -> bool:
@@ -94,6 +95,7 @@ class Watch:
                 if self.patience <= 0 and len(taken) >= least:
                     break
         kept = [result for steady, result in taken if steady]
+        self.counts = (len(kept), len(taken))
         if len(kept) >= least:
             return kept
         speed = f"a matrix product reached {self.LEAST_GEMM * self.best:.0f} GFLOP/s"
