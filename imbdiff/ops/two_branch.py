@@ -85,7 +85,8 @@ def _margins(margin: Sequence[float | None] | None, K: int) -> list[float]:
     for k, m in enumerate(margin):
         if m is not None and not (math.isfinite(m) and m > 0):
             raise ValueError(f"{_OP}: margin[{k}] must be a positive finite number or None (pull), got {m!r}")
-    return [float(m or 0) for m in margin]
+    # A margin that rounds to 0 would turn the push into a pull.
+    return [0.0 if m is None else max(float(m), torch.finfo(torch.float32).tiny) for m in margin]
 
 
 def _fake(

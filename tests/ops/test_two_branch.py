@@ -116,6 +116,13 @@ def test_strides_offsets_and_expansion():
         torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
+def test_a_margin_below_the_smallest_number_still_pushes():
+    own, other = torch.zeros(2, 3, 4).unbind()
+    other[1] = 1
+    _, terms = ops.two_branch_loss(own, own, [other], torch.ones(1, 3), torch.ones(1, 3), margin=[1e-60])
+    assert terms.abs().max() < 1e-37  # a pull would be 1
+
+
 def test_empty_batch_and_nan():
     empty = torch.zeros(0, 3)
     base, terms = ops.two_branch_loss(empty, empty, [empty], torch.zeros(1, 0), torch.ones(1, 3))
