@@ -66,12 +66,12 @@ struct Result {
   std::vector<double> sums;
 };
 
-// Row sums, and what is kept: the matrix, of cosines with a row of lengths. Nothing is computed where `empty`.
+// Row sums, and what is kept: the matrix, of cosines with rows of lengths and of roots. Nothing is computed where `empty`.
 Result run_forward(const char* op, const Problem& p, const Tensor& x, bool empty, bool with_lse = true) {
   const bool keeps = !empty && p.split_k;
   const ScalarType acc = accumulator(x);
   Result r{torch::stable::new_zeros(x, {with_lse ? p.rows : 0}, acc),
-           keeps ? torch::stable::new_empty(x, {p.rows + p.cosine(), p.rows + p.negatives}, acc)
+           keeps ? torch::stable::new_empty(x, {p.rows + 2 * p.cosine(), p.rows + p.negatives}, acc)
                  : torch::stable::new_empty(x, {0}, acc),
            std::vector<double>(p.rows)};
   if (!empty) by_dtype(op, x, [&](auto element) {

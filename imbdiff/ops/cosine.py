@@ -115,19 +115,21 @@ def supcon_arguments(
 def _fake(
     backend: str, x: Tensor, negatives: Tensor, weight: Tensor, tau: float, include_self: bool, split_k: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, negatives.shape[0], keeps_matrix(backend, split_k))
+    return _outputs(backend, x, negatives.shape[0], split_k)
 
 
 def _fake_supcon(
     backend: str, x: Tensor, labels: Tensor, weight: Tensor, tau: float, split_k: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, 0, keeps_matrix(backend, split_k))
+    return _outputs(backend, x, 0, split_k)
 
 
-def _outputs(x: Tensor, M: int, keeps: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, lse, and where it is kept the matrix with one more row, the lengths."""
+def _outputs(backend: str, x: Tensor, M: int, split_k: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, lse, and where it is kept the matrix, below it rows: the lengths, and on a CPU what rows were scaled by."""
     acc, N = _check.accumulator(x.dtype), x.shape[0]
-    saved = x.new_empty((N + 1, N + M) if keeps and N > 0 and N + M > 1 else 0, dtype=acc)
+    below = 2 if backend == "cpu" else 1
+    keeps = keeps_matrix(backend, split_k) and N > 0 and N + M > 1
+    saved = x.new_empty((N + below, N + M) if keeps else 0, dtype=acc)
     return x.new_empty((), dtype=acc), x.new_empty(N, dtype=acc), saved
 
 
