@@ -42,21 +42,21 @@ template <class V> struct Slope {
   V mean, logvar;
 };
 
-// From h = G @ right and mass = sum_j G_ij: of sum_ij G_ij D_ij for P_i.
-template <int kKind, class V, class A, class Exp> HOST_DEVICE Slope<V> left_slope(V m, V l, const V* h, A mass, const Exp& exp) {
+// From h = G @ right and mass = sum_j G_ij: of sum_ij G_ij D_ij for P_i, of variance e^l and precision e^-l (for Jeffreys).
+template <int kKind, class V, class A> HOST_DEVICE Slope<V> left_slope(V m, V variance, V precision, const V* h, A mass) {
   if constexpr (kKind == kBhattacharyya) return {h[0] / 2, h[1] / 4};
-  V of_m = m * h[0] - h[1], of_l = exp(l) * h[0];
+  V of_m = m * h[0] - h[1], of_l = variance * h[0];
   if constexpr (kKind == kKl) return {of_m, (of_l - mass) / 2};
-  const V precision = exp(-l), pulled = m * mass - h[3];
+  const V pulled = m * mass - h[3];
   return {of_m + precision * pulled, (of_l - precision * (h[2] - m * h[3] + m * pulled)) / 2};
 }
 
-// From g = G^T @ left and mass = sum_i G_ij: the same for Q_j.
-template <int kKind, class V, class A, class Exp> HOST_DEVICE Slope<V> right_slope(V n, V k, const V* g, A mass, const Exp& exp) {
+// From g = G^T @ left and mass = sum_i G_ij: the same for Q_j, of precision e^-k and variance e^k (for Jeffreys).
+template <int kKind, class V, class A> HOST_DEVICE Slope<V> right_slope(V n, V variance, V precision, const V* g, A mass) {
   if constexpr (kKind == kBhattacharyya) return {g[0] / 2, g[1] / 4};
-  const V precision = exp(-k), of_n = precision * (g[1] / 2 + n * mass), of_k = -precision * (g[0] + n * (g[1] + n * mass));
+  const V of_n = precision * (g[1] / 2 + n * mass), of_k = -precision * (g[0] + n * (g[1] + n * mass));
   if constexpr (kKind == kKl) return {of_n, (of_k + mass) / 2};
-  return {of_n + n * g[2] + g[3] / 2, (of_k + exp(k) * g[2]) / 2};
+  return {of_n + n * g[2] + g[3] / 2, (of_k + variance * g[2]) / 2};
 }
 
 // One dimension of a pair from its differences: d = m - n, x = l - k, growth = e^x - 1, back = e^-x - 1, with the precisions e^-l
