@@ -99,12 +99,12 @@ def conditions(records: list[Record]) -> str:
 
 
 def row(record: Record, mode: str, rivals: list[str]) -> list[str]:
-    times = record.us[mode]
+    times, gflop = record.us[mode], record.flops[mode] / 1e9
     return [
         f"{record.shape} {record.dtype}",
         mode,
         f"{record.bytes_moved[mode] / 1e6:.1f}",
-        f"{record.flops[mode] / 1e9:.2g}",
+        f"{gflop:,.0f}" if gflop >= 10 else f"{gflop:.2g}",
         f"{times['imbdiff'][1]:,.0f}",
         percent(record.of_copy(mode)),
         percent(record.of_gemm(mode)),
