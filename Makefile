@@ -35,8 +35,10 @@ docs: .venv/dev
 	$(BIN)/python docs/make_ops.py
 
 # On an otherwise idle machine. The allocator keeps what is freed, so that rivals are not compared by their page faults.
+# One of them: make bench BENCH=bench/bench_product.py
+BENCH = bench
 bench: .venv/bench
-	MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(BIN)/pytest bench --record
+	MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(BIN)/pytest $(BENCH) --record
 	$(MAKE) performance
 
 # The tables and charts of docs/performance.md, from the records under bench/results.

@@ -67,9 +67,7 @@ def tables(op: str, devices: dict[str, list[Record]]) -> str:
     parts += [] if any(device.startswith("cpu") for device in mine) else ["Not measured on a CPU."]
     parts += [] if any(not device.startswith("cpu") for device in mine) else ["Not measured on a GPU."]
     file = SOURCES.get(op, f"bench_{op}.py")
-    return "\n\n".join(
-        [*parts, f"Made by `make bench`; this table alone by `pytest bench/{file} --record` and `make performance`."]
-    )
+    return "\n\n".join([*parts, f"Made by `make bench`; this table alone by `make bench BENCH=bench/{file}`."])
 
 
 def table(device: str, records: list[Record]) -> str:

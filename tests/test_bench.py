@@ -160,7 +160,7 @@ def test_tables_and_chart(tmp_path):
     assert "| 8x16 float32 | 0.0 | 2.5 |" in page
     assert "Without keops at 8x16 float32: no compiler." in page
     assert "torch 2.13.0, AVX2, 2 threads" in page
-    assert "`pytest bench/bench_two_branch.py --record`" in page
+    assert "`make bench BENCH=bench/bench_two_branch.py`" in page
     assert "old" not in page
     assert "Not measured on a GPU." in page
     assert "Not measured on a CPU." not in page
