@@ -117,7 +117,7 @@ def posterior_draw(
         counts = [
             _counts(op, *c, x_t) for c in (("counts_x", counts_x, B, "[B]"), ("counts_bank", counts_bank, N, "[N]"))
         ]
-    _check.values(op, "u", u, lambda u: (u >= 0) & (u < 1), "in [0, 1)")
+    _check.values(op, "u", u, lambda u: 0 <= u < 1, "in [0, 1)")
     backend = _backends.choose(op, x_t)
     return call(op, backend, x, rows, s, noise, u.double().contiguous(), own.contiguous(), *counts, prior, chosen)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def _exponents(op: str, exponents: Tensor, K: int, B: int, like: Tensor) -> Tens
     if isinstance(exponents, Tensor) and exponents.shape == (K,):
         exponents = exponents[:, None].expand(K, B)
     _check.constant(op, "exponents", _check.tensor(op, "exponents", exponents, (K, B), "[K] or [K, B]", like=like))
-    _check.values(op, "exponents", exponents, lambda a: (a >= 0) & a.isfinite(), "not negative and finite")
+    _check.values(op, "exponents", exponents, lambda a: 0 <= a < math.inf, "not negative and finite")
     _check.values(op, "exponents summed over K", exponents.sum(0), lambda total: total > 0, "positive")
     return exponents
 
@@ -103,7 +104,7 @@ def pog_target(eps: Tensor, neighbours: Tensor | Sequence[Tensor], psi: Tensor) 
         _check.same(op, "neighbours" if single else f"neighbours[{k}]", other, "eps", eps)
     shape, symbols = ((B,), "[B]") if single else ((K, B), "[K, B]")
     _check.constant(op, "psi", _check.tensor(op, "psi", psi, shape, symbols, like=eps))
-    _check.values(op, "psi", psi, lambda p: (p >= 0) & p.isfinite(), "not negative and finite")
+    _check.values(op, "psi", psi, lambda p: 0 <= p < math.inf, "not negative and finite")
     target, weight = eps.to(acc), eps.new_ones(B, dtype=acc)
     for other, p in zip(others, psi.to(acc).view(K, B), strict=True):
         weight = weight + p

@@ -39,6 +39,16 @@ def test_draw_inverts_the_distribution_function():
             assert got.tolist() == [want]
 
 
+def test_a_row_of_no_weight_is_never_drawn():
+    """Not even by the largest u below 1, where rounding may leave u of all the weights not less than all."""
+    B, N, D = 48, 150, 6
+    bank = torch.cat([torch.randn(N, D), torch.full((40, D), 1e4)])
+    x_t, ones = torch.randn(B, D), torch.ones(B)
+    u = torch.full((B,), 1.0, dtype=torch.float64).nextafter(torch.zeros(B, dtype=torch.float64))
+    drawn = ops.posterior_draw(x_t, bank, ones, ones, u, own=torch.zeros(B, dtype=torch.int64), gate="full")
+    assert (drawn < N).all()
+
+
 def test_frequencies():
     x_t, bank, signal, sigma = golden()
     n = 40_000
