@@ -202,6 +202,20 @@ def test_a_row_of_any_length(backend, dtype, length, loss, N, D, split_k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("exponent", [-20, 15, 55, 60])
+@LOSSES
+@SHAPES
+@PLANS
+def test_only_directions_count(backend, exponent, loss, N, D, split_k):
+    """All rows longer: the same loss, a gradient smaller by as much. Squares may overflow, and products of lengths."""
+    x = torch.randn(N, D)
+    value, grad = value_and_gradient(loss, backend, x, split_k)
+    other, smaller = value_and_gradient(loss, backend, x * 2.0**exponent, split_k)
+    assert abs(other - value) <= 1e-6 * (1 + value.abs())
+    assert (smaller * 2.0**exponent - grad).abs().max() <= 1e-5 * grad.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @LOSSES
 @SHAPES
 @PLANS
