@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,14 @@ def device_name() -> str:
     """Folder of the records: what is in it may be compared with each other."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace(" ", "-").lower()
-    return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}-{torch.get_num_threads()}-threads"
+    return f"cpu-{processor()}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}-threads".lower()
+
+
+def processor() -> str:
+    """Vendor, family and model where Linux tells: one instruction set is run by processors of very different speed."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"^vendor_id\s*: (.+)\ncpu family\s*: (.+)\nmodel\s*: (.+)$", info, re.M)
+    return "-".join(found.groups()) if found else platform.machine()
 
 
 def gemm(dtype: torch.dtype = torch.float32, measure: Callable[[Callable[[], Any]], float] = typical) -> float:
