@@ -129,9 +129,10 @@ def _counts(op: str, name: str, value: Tensor, size: int, symbols: str, like: Te
 
 
 def _fake_mean(backend: str, x_t: Tensor, bank: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    acc, (B, D), kept = _check.accumulator(x_t.dtype), x_t.shape, (2, x_t.shape[0])
-    if backend == "cpu":  # the weights, where they are small beside the bank
-        kept = (len(bank) + 1 if 16 * B <= D else 0, (B + 15) // 16 * 16)
+    acc, B = _check.accumulator(x_t.dtype), x_t.shape[0]
+    kept = (2, B)
+    if backend == "cpu":  # the largest logits of each 144 rows, and the sums of the weights
+        kept = ((len(bank) + 143) // 144 + 1, (B + 15) // 16 * 16)
     return x_t.new_empty(x_t.shape), x_t.new_empty(kept, dtype=acc)
 
 

@@ -187,6 +187,42 @@ def test_every_noise_level_in_one_batch(D, dtype):
         torch.testing.assert_close(a.double(), b, atol=atol * b.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("excluded", [0, 5000, 12_000])
+def test_a_bank_in_several_turns_whose_likely_rows_come_last(excluded, dtype):
+    """The largest logits rise from turn to turn; before them, priors of minus infinity leave nothing at all."""
+    B, N, D = 37, 12_000, 24
+    bank = torch.randn(N, D, dtype=torch.float64) * torch.linspace(3, 0.1, N, dtype=torch.float64)[:, None]
+    level = torch.linspace(0.3, 1.5, B, dtype=torch.float64)[torch.randperm(B)]
+    x_t = level.cos()[:, None] * bank[-B:] + level.sin()[:, None] * torch.randn(B, D)
+    prior = torch.randn(N, dtype=torch.float64)
+    prior[:excluded] = -torch.inf
+    given = [v.to(dtype).requires_grad_(v.ndim == 2) for v in (x_t, bank, level.cos(), level.sin())]
+    leaves = [v.detach().double().requires_grad_(v.ndim == 2) for v in given]
+    got = ops.posterior_mean(*given, log_prior=prior.to(dtype))
+    if excluded == N:
+        assert got.isnan().all()  # of no row at all
+        return
+    want = brute_force(*leaves, prior) @ leaves[1]
+    atol = 1e-10 if dtype == torch.float64 else 3e-4
+    torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
+    grad = torch.randn(B, D, dtype=dtype)
+    found = torch.autograd.grad(got, given[:2], grad)
+    for a, b in zip(found, torch.autograd.grad(want, leaves[:2], grad.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=atol * b.abs().max().item(), rtol=0)
+
+
+def test_the_gradient_of_x_is_the_same_with_the_bank_s_and_without():
+    """More rows than are taken at once without it, and several turns of the bank."""
+    B, N, D = 210, 5000, 20
+    bank, level = torch.randn(N, D), torch.rand(B) * 1.2 + 0.3
+    x_t = (level.cos()[:, None] * bank[:B] + level.sin()[:, None] * torch.randn(B, D)).requires_grad_()
+    grad, grads = torch.randn(B, D), []
+    for rows in (bank, bank.clone().requires_grad_()):
+        grads += torch.autograd.grad(ops.posterior_mean(x_t, rows, level.cos(), level.sin()), x_t, grad)
+    assert torch.equal(*grads)
+
+
 def test_frequent_classes_are_never_moved_to_rarer_ones():
     """And one image repeated gives that image whatever is drawn."""
     torch.manual_seed(2)
