@@ -28,7 +28,6 @@ namespace imbdiff::posterior {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-
 ScalarType accumulator(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 int64_t padded(int64_t count) { return (count + generic::kAlign - 1) / generic::kAlign * generic::kAlign; }
 
