@@ -33,7 +33,8 @@ def test_performance_md_is_up_to_date():
 @pytest.mark.parametrize("name", [name for name in ops.__all__ if name != "use"])
 def test_docstrings_say_everything(name):
     text = " ".join(inspect.getdoc(getattr(ops, name)).split())
-    for part in ("Args:", "Returns:", "Raises:", "Deterministic", "Equivalent torch code:", "Source:"):
+    said = "Args:", "Returns:", "Raises:", "Deterministic", "memory", "Equivalent torch code:", "Source:", "Used by"
+    for part in said:
         assert part in text
 
 

@@ -51,8 +51,9 @@ def negative_distance_loss(
         TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
 
     Deterministic. Distances are computed around the column mean, clamped at 0, and exactly 0 on the diagonal.
-    Equivalent torch code: `imbdiff/ops/reference/contrast.py`. Source: Wang & He 2025, "Diffuse and disperse"; the row
-    form without self terms: Wang & Isola 2020, "Alignment and uniformity", eq. 9.
+    Time N^2 D, memory O(N^2) for few wide rows, else O(N D). Equivalent torch code:
+    `imbdiff/ops/reference/contrast.py`. Source: Wang & He 2025, "Diffuse and disperse"; the row form without self
+    terms: Wang & Isola 2020, "Alignment and uniformity", eq. 9. Used by Dispersive.
     """
     rest = negative_distance_arguments(
         x, _check.rows, tau, per_dim, include_self, per_row, weight=weight, negatives=negatives
@@ -99,8 +100,9 @@ def distance_hinge_loss(x: Tensor, *, margin: float, per_dim: bool = False) -> T
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, dtype or value; the message names it.
 
-    Deterministic. Distances as in `negative_distance_loss`. Equivalent torch code:
-    `imbdiff/ops/reference/contrast.py`. Source: Wang & He 2025, "Diffuse and disperse", the hinge variant.
+    Deterministic. Distances, time and memory as in `negative_distance_loss`. Equivalent torch code:
+    `imbdiff/ops/reference/contrast.py`. Source: Wang & He 2025, "Diffuse and disperse", the hinge variant. Used by
+    Dispersive.
     """
     rest = distance_hinge_arguments(x, _check.rows, margin, per_dim)
     return call("distance_hinge", _backends.choose("distance_hinge", x), _check.rows(x), *rest)[0]

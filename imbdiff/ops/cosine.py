@@ -51,8 +51,9 @@ def cosine_contrastive_loss(
         TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
 
     Deterministic. Computed relative to 1/tau, the largest logit, so nothing overflows and small losses keep their
-    digits. Equivalent torch code: `imbdiff/ops/reference/contrast.py`. Source: CCUA (arXiv 2507.09052, 2025), the
-    unsupervised contrastive loss; without self terms Wang & Isola 2020, "Alignment and uniformity", on the sphere.
+    digits. Time and memory as `negative_distance_loss`. Equivalent torch code: `imbdiff/ops/reference/contrast.py`.
+    Source: CCUA (arXiv 2507.09052, 2025), the unsupervised contrastive loss; without self terms Wang & Isola 2020,
+    "Alignment and uniformity", on the sphere. Used by CCUA.
     """
     rest = cosine_contrastive_arguments(x, _check.rows, tau, weight, include_self, negatives)
     return call("cosine_contrastive", _backends.choose("cosine_contrastive", x), _check.rows(x), *rest)[0]
@@ -95,7 +96,8 @@ def supcon_loss(x: Tensor, labels: Tensor, *, tau: float = 0.1, weight: Tensor |
     Raises:
         TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
 
-    Deterministic. Equivalent torch code: `imbdiff/ops/reference/contrast.py`.
+    Deterministic. Time and memory as `negative_distance_loss`. Equivalent torch code:
+    `imbdiff/ops/reference/contrast.py`.
     Source: Khosla et al. 2020, "Supervised contrastive learning", L_out (eq. 2). Used by CORAL.
     """
     rest = supcon_arguments(x, _check.rows, labels, tau, weight)

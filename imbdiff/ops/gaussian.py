@@ -108,6 +108,7 @@ def gaussian_overlap_loss(
     where a gradient is wanted the forward makes it too, and keeps it for the backward.
     Equivalent torch code: the formula over `gaussian_divergence`; `imbdiff/ops/reference/gaussian.py`.
     Source: DiffROP (arXiv 2402.10821, 2024) for the hinge; its port in CCUA (arXiv 2507.09052) for the reciprocal.
+    Used by DiffROP.
     """
     op = "gaussian_overlap_loss"
     _check.tensor(op, "mean_p", mean_p, (None, None), "[N, D]")

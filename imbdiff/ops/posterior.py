@@ -59,8 +59,9 @@ def posterior_mean(
     Raises:
         TypeError, ValueError: an argument of the wrong type, device, rank, shape or dtype; the message names it.
 
-    Deterministic; logits in float32 (float64 for float64). Equivalent torch code:
-    `imbdiff/ops/reference/posterior.py`. Source: Xu et al. 2023, "Stable target field", eq. 7.
+    Deterministic; logits in float32 (float64 for float64). Time N B D, memory O(B D) and tiles, and O(N B) where
+    the bank needs a gradient. Equivalent torch code: `imbdiff/ops/reference/posterior.py`.
+    Source: Xu et al. 2023, "Stable target field", eq. 7. Used by OC.
     """
     op = "posterior_mean"
     arguments = _common(op, x_t, bank, signal, sigma, log_prior)
@@ -100,8 +101,8 @@ def posterior_draw(
     Raises:
         TypeError, ValueError: as `posterior_mean`; counts missing; an unknown gate.
 
-    Deterministic given u. Equivalent torch code: `imbdiff/ops/reference/posterior.py`.
-    Source: Zhang et al. 2024, "Long-tailed diffusion models with oriented calibration", section 4.
+    Deterministic given u. Time N B D, memory O(N B). Equivalent torch code: `imbdiff/ops/reference/posterior.py`.
+    Source: Zhang et al. 2024, "Long-tailed diffusion models with oriented calibration", section 4. Used by OC.
     """
     op = "posterior_draw"
     x, rows, s, noise, prior = _common(op, x_t, bank, signal, sigma, log_prior)

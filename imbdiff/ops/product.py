@@ -38,7 +38,7 @@ def product_of_gaussians(
         Values of tensors are looked at on the CPU only.
 
     Deterministic. Precisions are added in logarithms and means relative to the first, so neither an extreme variance
-    nor a common offset costs digits. One pass over the inputs.
+    nor a common offset costs digits. One pass over the inputs: time K B D, memory of the results.
     Equivalent torch code: `imbdiff/ops/reference/product.py`.
     Source: PoGDiff (arXiv 2502.08106, 2025), section 3, for K = 2. Used by PoGDiff with several neighbours.
     """
@@ -90,8 +90,9 @@ def pog_target(eps: Tensor, neighbours: Tensor | Sequence[Tensor], psi: Tensor) 
     Raises:
         TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
 
-    Deterministic. psi = 0 gives eps bit for bit. A running mean, one pass for each neighbour.
-    Equivalent torch code: the formula. Source: PoGDiff (arXiv 2502.08106, 2025), section 3.
+    Deterministic. psi = 0 gives eps bit for bit. A running mean, one pass for each neighbour: time K B D, memory of
+    the result.
+    Equivalent torch code: the formula. Source: PoGDiff (arXiv 2502.08106, 2025), section 3. Used by PoGDiff.
     """
     op = "pog_target"
     _check.tensor(op, "eps", eps, symbols="[B, ...]")

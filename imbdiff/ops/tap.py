@@ -53,8 +53,9 @@ def tap_loss(h: Tensor, kind: str, **options: Any) -> tuple[Tensor, Tensor]:
         TypeError, ValueError: an unknown kind or option, or one that is missing; and as the loss.
 
     Deterministic. Rows are read in the order of memory, so a dense h is not copied in any layout; a channel slice is.
-    Under torch.compile one graph. Equivalent torch code: `h, <kind>_loss(h, **options)`.
-    Source: Wang & He 2025, "Diffuse and disperse", for a loss on the tokens of an intermediate block.
+    Under torch.compile one graph. Time and memory of the loss. Equivalent torch code: `h, <kind>_loss(h, **options)`.
+    Source: Wang & He 2025, "Diffuse and disperse", for a loss on the tokens of an intermediate block. Used by what taps
+    a network: Dispersive, CCUA, CORAL.
     """
     op = "tap_loss"
     if kind not in _ARGUMENTS:

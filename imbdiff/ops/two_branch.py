@@ -51,8 +51,8 @@ def two_branch_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, device, rank, shape, dtype or value; the message names it.
 
-    Deterministic. Low-precision inputs are read as they are and subtracted in float32.
-    Equivalent torch code: `imbdiff/ops/reference/two_branch.py`.
+    Deterministic. Low-precision inputs are read as they are and subtracted in float32. Time K B D, memory O(K B).
+    Equivalent torch code: `imbdiff/ops/reference/two_branch.py`. Used by the step of every method.
     Source: Qin et al. 2023 (CBDM), eq. 8, for the split gradient; the other methods in docs/methods.md.
     """
     _check.tensor(_OP, "own", own, symbols="[B, ...]")
