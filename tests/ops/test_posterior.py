@@ -168,6 +168,15 @@ def test_a_bank_of_many_parts_is_one_softmax():
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def assert_mean_and_gradients(got, given, want, leaves):
+    atol = 1e-10 if got.dtype == torch.float64 else 3e-4
+    torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
+    grad = torch.randn_like(got)
+    found = torch.autograd.grad(got, given, grad)
+    for a, b in zip(found, torch.autograd.grad(want, leaves, grad.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=atol * b.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("D", [40, 1200])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_noise_level_in_one_batch(D, dtype):
@@ -179,12 +188,7 @@ def test_every_noise_level_in_one_batch(D, dtype):
     given = [v.to(dtype).requires_grad_(v.ndim == 2) for v in (x_t, bank, level.cos(), level.sin())]
     leaves = [v.detach().double().requires_grad_(v.ndim == 2) for v in given]
     got, want = ops.posterior_mean(*given), brute_force(*leaves, None) @ leaves[1]
-    atol = 1e-10 if dtype == torch.float64 else 3e-4
-    torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
-    grad = torch.randn(B, D, dtype=dtype)
-    found = torch.autograd.grad(got, given[:2], grad)
-    for a, b in zip(found, torch.autograd.grad(want, leaves[:2], grad.double()), strict=True):
-        torch.testing.assert_close(a.double(), b, atol=atol * b.abs().max().item(), rtol=0)
+    assert_mean_and_gradients(got, given[:2], want, leaves[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -204,17 +208,12 @@ def test_a_bank_in_several_turns_whose_likely_rows_come_last(excluded, dtype):
         assert got.isnan().all()  # of no row at all
         return
     want = brute_force(*leaves, prior) @ leaves[1]
-    atol = 1e-10 if dtype == torch.float64 else 3e-4
-    torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
-    grad = torch.randn(B, D, dtype=dtype)
-    found = torch.autograd.grad(got, given[:2], grad)
-    for a, b in zip(found, torch.autograd.grad(want, leaves[:2], grad.double()), strict=True):
-        torch.testing.assert_close(a.double(), b, atol=atol * b.abs().max().item(), rtol=0)
+    assert_mean_and_gradients(got, given[:2], want, leaves[:2])
 
 
 def test_the_gradient_of_x_is_the_same_with_the_bank_s_and_without():
-    """More rows than are taken at once without it, and several turns of the bank."""
-    B, N, D = 210, 5000, 20
+    """More rows than are taken at once without it, several turns of the bank, and rows so wide that its parts are few."""
+    B, N, D = 210, 4700, 3200
     bank, level = torch.randn(N, D), torch.rand(B) * 1.2 + 0.3
     x_t = (level.cos()[:, None] * bank[:B] + level.sin()[:, None] * torch.randn(B, D)).requires_grad_()
     grad, grads = torch.randn(B, D), []
