@@ -212,7 +212,7 @@ def test_a_bank_in_several_turns_whose_likely_rows_come_last(excluded, dtype):
 
 
 def test_the_gradient_of_x_is_the_same_with_the_bank_s_and_without():
-    """More rows than are taken at once without it, several turns of the bank, and rows so wide that its parts are few."""
+    """More rows than are taken at once without it, several turns of the bank, rows so wide that its parts are few."""
     B, N, D = 210, 4700, 3200
     bank, level = torch.randn(N, D), torch.rand(B) * 1.2 + 0.3
     x_t = (level.cos()[:, None] * bank[:B] + level.sin()[:, None] * torch.randn(B, D)).requires_grad_()
