@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace imbdiff {
 
@@ -32,11 +33,22 @@ inline Isa isa() {
 
 inline bool has_bf16_dot() { return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16"); }
 
-// Runs f(context, i) for i in 0..count-1 on torch's threads. Tasks start in order; whoever is free takes the next.
-inline void for_each_task(int64_t count, void (*f)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) f(context, i);
+// Runs f(context, i) for i in 0..count-1 on torch's threads. Each begins with its share of them, then helps the others with theirs:
+// so a core finds much of what it wrote in the call before in its own caches. Not all cores share one. `in_order`: one share for
+// all, so that a task may wait for those before it, which others have begun.
+inline void for_each_task(int64_t count, bool in_order, void (*f)(void*, int64_t), void* context) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads()), parts = in_order ? 1 : workers;
+  std::vector<Share> shares(parts);
+  for (int64_t p = 0; p < parts; ++p) shares[p].next = p * count / parts, shares[p].end = (p + 1) * count / parts;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t p = 0; p < parts; ++p) {
+      Share& share = shares[(worker + p) % parts];
+      for (int64_t i; (i = share.next.fetch_add(1)) < share.end;) f(context, i);
+    }
   });
 }
 
