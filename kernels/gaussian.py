@@ -263,15 +263,18 @@ def finished(found: Sequence[Tensor | None], arguments: Sequence[Tensor]) -> tup
     )
 
 
-def gaussian_divergence(mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int) -> Tensor:
+def gaussian_divergence(
+    mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int
+) -> tuple[Tensor, Tensor]:
     p, q = (mean_p, logvar_p), (mean_q, logvar_q)
     with torch.cuda.device_of(mean_p):
-        return matrix(p, q, kind, by_products(p, q, kind))
+        out = matrix(p, q, kind, by_products(p, q, kind))
+    return out, out.new_empty(0)
 
 
 def gaussian_divergence_bwd(
     grad: Tensor, mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int, out: Tensor,
-    needs: Sequence[bool],
+    sizes: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     arguments = (mean_p, logvar_p, mean_q, logvar_q)
     p, q, to = arguments[:2], arguments[2:], zeros(arguments, needs)

@@ -95,20 +95,21 @@ Set set_of(const char* op, const Tensor& mean, const Tensor& logvar, int64_t b) 
           logvar.stride(rank - 2), shared};
 }
 
-Tensor gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
-                           int64_t kind) {
+std::tuple<Tensor, Tensor> gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q,
+                                               const Tensor& logvar_q, int64_t kind) {
   const char* const op = "gaussian_divergence";
   const int64_t L = mean_p.size(0), N = mean_p.size(1), M = mean_q.size(1);
   const ScalarType acc = mean_p.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(mean_p, {L, N, M}, acc);
-  if (N == 0 || M == 0) return out;
+  Tensor out = torch::stable::new_empty(mean_p, {L, N, M}, acc), sizes = torch::stable::new_empty(mean_p, {L, N + M}, acc);
+  if (N == 0 || M == 0) return {out, sizes};
   by_dtype(op, mean_p, [&](auto element) {
     const auto run = IMBDIFF_BY_ISA(divergence<decltype(element)>);
     for (int64_t b = 0; b < L; ++b)
       run({set_of(op, mean_p, logvar_p, b), set_of(op, mean_q, logvar_q, b), kind},
-          static_cast<char*>(out.mutable_data_ptr()) + b * N * M * out.element_size());
+          static_cast<char*>(out.mutable_data_ptr()) + b * N * M * out.element_size(),
+          static_cast<char*>(sizes.mutable_data_ptr()) + b * (N + M) * sizes.element_size());
   });
-  return out;
+  return {out, sizes};
 }
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -143,16 +144,20 @@ struct Gradients {
 };
 
 Four gaussian_divergence_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q,
-                             const Tensor& logvar_q, int64_t kind, const Tensor& out, const std::vector<bool>& needs) {
+                             const Tensor& logvar_q, int64_t kind, const Tensor& out, const Tensor& sizes,
+                             const std::vector<bool>& needs) {
   const char* const op = "gaussian_divergence";
   const int64_t L = mean_p.size(0), N = mean_p.size(1), M = mean_q.size(1);
   Gradients gradients(mean_p, logvar_p, mean_q, logvar_q, needs);
   if (N == 0 || M == 0) return gradients.all();
   by_dtype(op, mean_p, [&](auto element) {
     const auto run = IMBDIFF_BY_ISA(divergence_bwd<decltype(element)>);
-    const auto matrix = [&](const Tensor& x, int64_t b) { return static_cast<const char*>(x.const_data_ptr()) + b * N * M * x.element_size(); };
+    const auto one = [](const Tensor& x, int64_t b) {
+      return static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * x.element_size();
+    };
     for (int64_t b = 0; b < L; ++b)
-      run({set_of(op, mean_p, logvar_p, b), set_of(op, mean_q, logvar_q, b), kind}, matrix(grad, b), matrix(out, b), gradients.at(b));
+      run({set_of(op, mean_p, logvar_p, b), set_of(op, mean_q, logvar_q, b), kind}, one(grad, b), one(out, b), one(sizes, b),
+          gradients.at(b));
   });
   return gradients.all();
 }

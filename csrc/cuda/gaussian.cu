@@ -144,18 +144,18 @@ struct Four {
   }
 };
 
-Tensor gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q, const Tensor& logvar_q,
-                           int64_t kind) {
+std::tuple<Tensor, Tensor> gaussian_divergence(const Tensor& mean_p, const Tensor& logvar_p, const Tensor& mean_q,
+                                               const Tensor& logvar_q, int64_t kind) {
   const torch::stable::accelerator::DeviceGuard guard(mean_p.get_device_index());
   const Problem p = problem(mean_p, logvar_p, mean_q, logvar_q);
   const Tensor matrix = floats(mean_p, {p.L, p.p.count, p.q.count}), scratch = floats(mean_p, {workspace(p)});
   values(p, whole(p), kind, {out(matrix), nullptr, false, {}}, out(scratch), current_stream(mean_p));
-  return matrix;
+  return {matrix, floats(mean_p, {0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_divergence_bwd(const Tensor& grad, const Tensor& mean_p, const Tensor& logvar_p,
                                                                    const Tensor& mean_q, const Tensor& logvar_q, int64_t kind,
-                                                                   const Tensor&, const std::vector<bool>& needs) {
+                                                                   const Tensor&, const Tensor&, const std::vector<bool>& needs) {
   const torch::stable::accelerator::DeviceGuard guard(mean_p.get_device_index());
   const Problem p = problem(mean_p, logvar_p, mean_q, logvar_q);
   const Four gradients({mean_p, logvar_p, mean_q, logvar_q}, needs, false);

@@ -37,10 +37,12 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor labels, Tensor weight, Tensor lse, Tensor saved, float tau,"
         " bool split_k) -> Tensor"
     ),
-    "gaussian_divergence": "(Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind) -> Tensor",
+    "gaussian_divergence": (
+        "(Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind) -> (Tensor, Tensor)"
+    ),
     "gaussian_divergence_bwd": (
         "(Tensor grad, Tensor mean_p, Tensor logvar_p, Tensor mean_q, Tensor logvar_q, int kind, Tensor out,"
-        " bool[] needs)"
+        " Tensor sizes, bool[] needs)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "gaussian_overlap": (

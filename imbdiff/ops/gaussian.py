@@ -194,8 +194,11 @@ def _selection(op: str, pairs: str | None, labelled: bool, masked: bool) -> int:
     return selection
 
 
-def _fake_divergence(backend: str, mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, *rest: Any) -> Tensor:
-    return mean_p.new_empty(*mean_p.shape[:2], mean_q.shape[1], dtype=_check.accumulator(mean_p.dtype))
+def _fake_divergence(
+    backend: str, mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    (L, N, _), M, acc = mean_p.shape, mean_q.shape[1], _check.accumulator(mean_p.dtype)
+    return mean_p.new_empty(L, N, M, dtype=acc), mean_p.new_empty((L, N + M) if backend == "cpu" else 0, dtype=acc)
 
 
 def _fake_overlap(backend: str, *args: Any) -> tuple[Tensor, ...]:

@@ -75,7 +75,7 @@ def launches(torch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype, kind, form in [(low, 0, 0), (half, 2, 1), (full, 0, 1), (full, 1, 0), (full, 2, 0)]:
         four, name = [x[None].to(dtype)] * 4, f"gaussian {dtype} kind={kind}"
         yield name, lambda a=four, k=kind: gaussian.gaussian_divergence(*a, k)
-        yield name, lambda a=four, k=kind: gaussian.gaussian_divergence_bwd(matrix, *a, k, matrix, all_of)
+        yield name, lambda a=four, k=kind: gaussian.gaussian_divergence_bwd(matrix, *a, k, matrix, none, all_of)
         mask, pairs = (torch.ones(256, 256, dtype=torch.bool), 0) if kind == 1 else (none.bool(), 1)
         extra = (labels, labels, mask, ones, kind, form, 1.0, 1.0, pairs, True, True, all_of)
         yield name, lambda a=four, e=extra: gaussian.gaussian_overlap(*(v[0] for v in a), *e)

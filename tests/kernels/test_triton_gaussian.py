@@ -48,9 +48,9 @@ def problem(L: int, N: int, M: int, D: int, dtype: torch.dtype, shared: tuple[bo
 
 def compare_matrix(close: Any, four: list[Tensor], kind: int) -> None:
     g = torch.Generator().manual_seed(1)
-    got = gaussian.gaussian_divergence(*four, kind)
+    got, sizes = gaussian.gaussian_divergence(*four, kind)
     grad = torch.randn(got.shape, generator=g)
-    of_four = gaussian.gaussian_divergence_bwd(grad, *four, kind, got, NEEDS)
+    of_four = gaussian.gaussian_divergence_bwd(grad, *four, kind, got, sizes, NEEDS)
     found = []
     for dtype in (torch.float64, torch.float32):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in four]
@@ -93,7 +93,7 @@ def near(logvar: float, offset: float, D: int = 200) -> list[Tensor]:
 def test_close_pairs_keep_their_digits(kind, logvar, offset):
     four = near(logvar, offset)
     exact = divergences(*[x.double() for x in four], kind)
-    got = gaussian.gaussian_divergence(*[x[None] for x in four], kind)[0]
+    got = gaussian.gaussian_divergence(*[x[None] for x in four], kind)[0][0]
     close = exact < 20
     assert close.sum() >= 7
     assert ((got.double() - exact).abs() <= 1e-6 * (1e-3 + exact))[close].all()
@@ -117,7 +117,7 @@ def test_products_know_what_they_say(kind, monkeypatch):
     found = []
     for many in (0, 2**40):
         monkeypatch.setattr(gaussian, "MANY", many)
-        found.append(gaussian.gaussian_divergence_bwd(torch.ones(1, 24, 24), *four, kind, exact.float(), NEEDS))
+        found.append(gaussian.gaussian_divergence_bwd(torch.ones(1, 24, 24), *four, kind, exact.float(), NONE, NEEDS))
     for some, direct in zip(*found, strict=True):
         assert (some - direct).abs().max() <= 1e-5 * direct.abs().max()
     assert gaussian.by_products(tuple(four[:2]), tuple(four[2:]), kind) is None
@@ -132,9 +132,9 @@ def test_rows_whose_operands_overflow(kind, close):
     grad = (level == level.mT).float()[None]  # others are infinitely far from each other, or from one side
     leaves = [x.double().requires_grad_() for x in four]
     exact = divergences(*leaves, kind)
-    got = gaussian.gaussian_divergence(*four, kind)
+    got, sizes = gaussian.gaussian_divergence(*four, kind)
     close(got[grad > 0], exact[grad > 0].detach(), exact[grad > 0].detach().float())
-    found = gaussian.gaussian_divergence_bwd(grad, *four, kind, got, NEEDS)
+    found = gaussian.gaussian_divergence_bwd(grad, *four, kind, got, sizes, NEEDS)
     for x, want in zip(found, torch.autograd.grad(exact, leaves, grad.double()), strict=True):
         for row in range(40):
             assert (x[0, row] - want[0, row]).abs().max() <= 1e-5 * want[0, row].abs().max()
@@ -232,14 +232,14 @@ def test_every_subset_of_needs(kind):
     four = problem(1, 3, 4, 5, torch.float32, (True, False))
     grad, flat = torch.randn(1, 3, 4), [x[0] for x in four]
     rest = (*[NONE.long()] * 2, NONE.bool(), NONE, kind, 1, 0.0, 1.0, 0, True, False)
-    out = gaussian.gaussian_divergence(*four, kind)
+    out, sizes = gaussian.gaussian_divergence(*four, kind)
     whole = (
-        gaussian.gaussian_divergence_bwd(grad, *four, kind, out, NEEDS),
+        gaussian.gaussian_divergence_bwd(grad, *four, kind, out, sizes, NEEDS),
         gaussian.gaussian_overlap(*flat, *rest, NEEDS),
     )
     for which in range(4):
         needs = [which == i for i in range(4)]
-        of_matrix = gaussian.gaussian_divergence_bwd(grad, *four, kind, out, needs)
+        of_matrix = gaussian.gaussian_divergence_bwd(grad, *four, kind, out, sizes, needs)
         of_loss = gaussian.gaussian_overlap(*flat, *rest, needs)[2:]
         for got, want in zip((*of_matrix, *of_loss), (*whole[0], *whole[1][2:]), strict=True):
             assert got.shape == (0,) or torch.equal(got, want)
@@ -251,7 +251,7 @@ def test_nan_in_nan_out(kind):
     for spoil in range(4):
         four = problem(1, 3, 4, 5, torch.float32, (False, False))
         four[spoil][0, 1, 2] = torch.nan
-        got = gaussian.gaussian_divergence(*four, kind)[0].isnan()
+        got = gaussian.gaussian_divergence(*four, kind)[0][0].isnan()
         assert got.sum() == (4 if spoil < 2 else 3)
         assert (got[1] if spoil < 2 else got[:, 1]).all()
         flat = [x[0] for x in four]
@@ -264,10 +264,10 @@ def test_nan_in_nan_out(kind):
 def test_empty():
     for L, N, M, D in [(1, 0, 3, 4), (1, 3, 0, 4), (1, 0, 0, 4), (1, 2, 3, 0), (0, 2, 3, 4)]:
         four = [torch.empty(L, rows, D) for rows in (N, N, M, M)]
-        got = gaussian.gaussian_divergence(*four, 0)
+        got, sizes = gaussian.gaussian_divergence(*four, 0)
         assert got.shape == (L, N, M)
         assert (got == 0).all()
-        of_four = gaussian.gaussian_divergence_bwd(torch.ones(L, N, M), *four, 0, got, NEEDS)
+        of_four = gaussian.gaussian_divergence_bwd(torch.ones(L, N, M), *four, 0, got, sizes, NEEDS)
         assert [x.shape for x in of_four] == [x.shape for x in four]
         assert all((x == 0).all() for x in of_four)
         if L:

@@ -57,14 +57,16 @@ def _tiles(N: int, M: int, D: int) -> Iterator[tuple[slice, slice]]:
     return itertools.product(_slices(N, _TILE // (columns * max(D, 1))), _slices(M, columns))
 
 
-def gaussian_divergence(mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int) -> Tensor:
-    """[L, N, M] from [L, N, D], [L, N, D or 1], [L, M, D], [L, M, D or 1]."""
+def gaussian_divergence(
+    mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor, logvar_q: Tensor, kind: int
+) -> tuple[Tensor, Tensor]:
+    """[L, N, M] from [L, N, D], [L, N, D or 1], [L, M, D], [L, M, D or 1]; and what back ends with products keep."""
     (L, N, D), M = mean_p.shape, mean_q.shape[1]
     out = mean_p.new_zeros(L, N, M, dtype=accumulator(mean_p.dtype))
     for b in _slices(L, _TILE // max(N * M * D, 1)):
         for i, j in _tiles(N, M, D):
             out[b, i, j] = pairwise(mean_p[b, i], logvar_p[b, i], mean_q[b, j], logvar_q[b, j], kind)
-    return out
+    return out, out.new_empty(0)
 
 
 def gaussian_divergence_bwd(
@@ -75,6 +77,7 @@ def gaussian_divergence_bwd(
     logvar_q: Tensor,
     kind: int,
     out: Tensor,
+    sizes: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     (L, N, D), M = mean_p.shape, mean_q.shape[1]
