@@ -21,5 +21,7 @@ class Case:
     """How many leading outputs are differentiable."""
     condition: Callable[[tuple[Any, ...]], float]
     """Relative size of what cancels on the way to the result: it loses eps times this."""
+    cancels: Callable[[tuple[Any, ...], list[Tensor]], float] = lambda args, grads: 1.0
+    """Size of what the gradients are sums of, relative to them, where those of the outputs' gradients may cancel."""
     rounds_rows: bool = False
     """Whether centred rows are rounded to their own type before they are multiplied, as torch's own product does."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imbdiff.ops.reference.gaussian import pairwise
 from imbdiff.ops.reference.posterior import log_posterior
 
 from .case import Case
@@ -167,6 +168,22 @@ def _sums(args: tuple[Any, ...]) -> float:
     return 4.0
 
 
+def _slopes_cancel(args: tuple[Any, ...], grads: list[Tensor]) -> float:
+    """The sizes of the slopes of a Gaussian's pairs, summed, over their sum, both the largest of all Gaussians."""
+    rows, kind, worst = args[:4], args[4], 1.0
+    if not all(x.numel() for x in rows):
+        return worst
+    pairs = [
+        x.unsqueeze(side).expand(*grads[0].shape, x.shape[-1])[..., None, :]
+        for x, side in zip(rows, (2, 2, 1, 1), strict=True)
+    ]
+    pairs = [x.detach().clone().requires_grad_() for x in pairs]
+    slopes = torch.autograd.grad(pairwise(*pairs, kind)[..., 0, 0], pairs, grads[0])
+    for slope, side in zip(slopes, (2, 2, 1, 1), strict=True):
+        worst = max(worst, float(slope.abs().sum(side).max() / slope.sum(side).abs().max()))
+    return worst
+
+
 KINDS = ("kl", "jeffreys", "bhattacharyya")
 PLANS = ("stream", "split")
 CASES = [
@@ -177,6 +194,7 @@ CASES = [
         first(4),
         outputs=1,
         condition=_sums,
+        cancels=_slopes_cancel,
     )
     for kind in range(3)
     for L, N, M, D, s, offset in [
